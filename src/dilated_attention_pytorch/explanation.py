@@ -1,0 +1,127 @@
+"""What would be done for a problem, and why: plan, work, bytes, and each backend's reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dilated_attention_pytorch.backends import BACKENDS, check_backend_name, reasons, select
+from dilated_attention_pytorch.compat import NO_COMPAT, TorchscaleCompat
+from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.patterns import Pattern
+from dilated_attention_pytorch.plans import StridedPlan, candidate_plans
+from dilated_attention_pytorch.problem import check_inputs, make_problem
+from dilated_attention_pytorch.scores import Score
+
+EXACT_PAIRS = 1 << 26
+"""Up to so many pairs a pattern without closed form is counted; above, the number of all pairs stands as a bound."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `attend` would do. ``str()`` gives the text.
+
+    ``pairs`` are counted pairs over samples and heads, a pair as often as it is seen; ``forward_flops`` is
+    ``2 (D + Dv)`` for each, ``backward_flops`` 2.5 times that; ``bytes_moved`` reads q, k, v and writes out and lse once.
+    ``backends`` holds each backend's reasons against, empty when it can; ``chosen`` is None when none can.
+    """
+
+    problem: str
+    plans: tuple[str, ...]
+    chosen: str | None
+    chosen_plan: str | None
+    pairs: int
+    pairs_are_exact: bool
+    forward_flops: int
+    bytes_moved: int
+    backends: dict[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def backward_flops(self) -> int:
+        """Floating point operations of the backward pass."""
+        return self.forward_flops * 5 // 2
+
+    def __str__(self) -> str:
+        bound = "" if self.pairs_are_exact else " at most (the pattern has no closed form)"
+        lines = [
+            f"problem   {self.problem}",
+            f"backend   {self.chosen or 'none'}" + (f", walking {self.chosen_plan}" if self.chosen_plan else ""),
+            *(f"plan      {plan}" for plan in self.plans),
+            f"pairs     {self.pairs:,}{bound}",
+            f"FLOPs     {self.forward_flops:.3e} forward, {self.backward_flops:.3e} backward",
+            f"bytes     {self.bytes_moved / 2**20:,.1f} MiB at least, forward",
+        ]
+        for name, against in self.backends.items():
+            lines.append(f"{name:<9} " + ("ok" if not against else "no: " + "; ".join(against)))
+        return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    score: Score | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    query_start: int | None = None,
+    compat: TorchscaleCompat | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Explanation:
+    """What `attend` would do with the same arguments; computes nothing and takes meta tensors too.
+
+    Raises InvalidInput as `attend` does. Under meta tensors a padding mask cannot be read: the plan is then that without.
+
+    Example:
+        >>> import torch
+        >>> from dilated_attention_pytorch import longnet
+        >>> x = torch.empty(1, 1_000_000, 12, 64, device="meta")
+        >>> explain(x, x, x, longnet([2048, 32768], [1, 12])).chosen
+        'sdpa'
+    """
+    if not isinstance(pattern, Pattern):
+        raise InvalidInput(f"explain: expected a pattern such as Causal(). Got {type(pattern).__name__}.")
+    given: dict[str, Any] = {"bias": bias, "score": score, "key_padding_mask": key_padding_mask, "dropout_p": dropout_p}
+    scale, start = check_inputs(q, k, v, scale=scale, query_start=query_start, **given)
+    check_backend_name(backend)
+    notes = []
+    if compat is not None and compat != NO_COMPAT:
+        compat.check(pattern, key_padding_mask, score, dropout_p)
+        notes.append(f"reproduces torchscale: {compat}")
+    if key_padding_mask is not None and q.device.type == "meta":
+        notes.append("the padding mask's values are unknown on meta; the plan is that without a mask")
+    problem = make_problem(q, k, v, scale=scale, query_start=start, **given)
+    pattern.check(problem)
+    plans = candidate_plans(pattern, problem)
+    against = {b.name: tuple(reasons(b, problem, plans)[1]) for b in BACKENDS}
+    able = [name for name, why in against.items() if not why and backend in ("auto", name)]
+    chosen, plan = select(problem, plans, able[0]) if able else (None, None)
+    strided = next((p for p in plans if isinstance(p, StridedPlan)), None)
+    all_pairs = problem.batch * problem.num_heads * problem.query_length * problem.key_length
+    exact = strided is not None or (all_pairs <= EXACT_PAIRS and q.device.type != "meta")
+    if strided is not None:
+        pairs = strided.issued_pairs(problem)
+    else:
+        pairs = int(plans[-1].expand(problem).sum()) if exact else all_pairs
+    size = sum(x.numel() * x.element_size() for x in (q, k, v))
+    out_size = q.numel() // q.shape[3] * (v.shape[3] * q.element_size() + problem.accumulate_dtype.itemsize)
+    return Explanation(
+        problem=f"B {q.shape[0]}, Nq {q.shape[1]}, Nk {k.shape[1]}, H {q.shape[2]}, Hkv {k.shape[2]}, D {q.shape[3]}, "
+        f"Dv {v.shape[3]}, {str(q.dtype).removeprefix('torch.')} on {q.device}, {pattern.text()}",
+        plans=tuple(p.describe(problem) for p in plans),
+        chosen=None if chosen is None else chosen.name,
+        chosen_plan=None if plan is None else plan.describe(problem).partition(":")[0],
+        pairs=pairs,
+        pairs_are_exact=exact,
+        forward_flops=2 * (q.shape[3] + v.shape[3]) * pairs,
+        bytes_moved=size + out_size,
+        backends=against,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,161 @@
+"""From a pattern and a problem to the plans that can walk it, kept in a bounded, locked cache."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dilated_attention_pytorch.patterns import Branch, Documents, Pattern
+from dilated_attention_pytorch.plans.base import DensePlan, Plan
+from dilated_attention_pytorch.plans.pieces import Span, chunk_pieces
+from dilated_attention_pytorch.plans.strided import Chunk, HeadSlice, Piece, StridedPlan
+from dilated_attention_pytorch.problem import Problem
+
+CHUNK_ROWS = 8192
+"""A chunk is the largest multiple of the segments' common multiple within this, or one common multiple (tokens)."""
+
+
+class Interval(NamedTuple):
+    """Positions ``start <= p < end`` that only see each other; keys end at ``key_end``."""
+
+    start: int
+    end: int
+    key_end: int
+
+
+_CACHE_SIZE = 256
+_cache: OrderedDict[tuple[object, ...], tuple[Plan, ...]] = OrderedDict()
+_lock = threading.Lock()
+
+
+def candidate_plans(pattern: Pattern, problem: Problem) -> tuple[Plan, ...]:
+    """Every plan that walks this pattern for this problem, the one with the least work first.
+
+    Example:
+        >>> from dilated_attention_pytorch import Causal
+        >>> import torch
+        >>> from dilated_attention_pytorch.problem import make_problem
+        >>> q = torch.zeros(1, 4, 2, 8)
+        >>> plans = candidate_plans(Causal(), make_problem(q, q, q, scale=1.0, query_start=0))
+        >>> [type(p).__name__ for p in plans]
+        ['StridedPlan', 'DensePlan']
+    """
+    key = (
+        pattern.text(),
+        tuple(str(t.tolist()) for t in pattern.tables),
+        (problem.batch, problem.num_heads),
+        problem.query_positions,
+        problem.key_positions,
+        problem.key_lengths,
+    )
+    with _lock:
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+    strided = strided_plan(pattern, problem)
+    plans: tuple[Plan, ...] = (DensePlan(pattern),) if strided is None else (strided, DensePlan(pattern))
+    with _lock:
+        _cache[key] = plans
+        while len(_cache) > _CACHE_SIZE:
+            _cache.popitem(last=False)
+    return plans
+
+
+def strided_plan(pattern: Pattern, problem: Problem) -> StridedPlan | None:
+    """The strided plan, or None when the pattern has no closed form or rows do not stand at consecutive positions."""
+    branches = pattern.branches()
+    if branches is None or len({id(b.documents) for b in branches}) != 1:
+        return None
+    for positions in (problem.query_positions, problem.key_positions):
+        if len(positions) != 1 or positions[0].step != 1:
+            return None
+    return StridedPlan(pattern, tuple(_chunks(branches, problem)))
+
+
+def _chunks(branches: tuple[Branch, ...], problem: Problem) -> Iterator[Chunk]:
+    if problem.batch == 0 or problem.query_length == 0:
+        return
+    q_run, k_run = problem.query_positions[0], problem.key_positions[0]
+    classes = _head_classes(branches, problem.num_heads)
+    common = math.lcm(*(b.segment_length for b in branches if b.segment_length is not None))
+    segmented = all(b.segment_length is not None for b in branches)
+    known: dict[tuple[object, ...], tuple[tuple[Piece, ...], bool, bool]] = {}
+    for samples, key_limit, intervals in _sample_groups(branches, problem):
+        for start, end, key_end in intervals:
+            q_low, q_high = max(q_run.start, start), min(q_run.start + q_run.length, end)
+            k_low, k_high = max(k_run.start, start), min(k_run.start + k_run.length, key_end, key_limit)
+            if q_low >= q_high:
+                continue
+            step = end - start
+            if segmented and common < step:
+                step = max(common, CHUNK_ROWS // common * common)
+            first = start + max(q_low - start, 0) // step * step
+            for origin in range(first, q_high, step):
+                low, high = max(q_low, origin), min(q_high, origin + step)
+                queries = Span(low - origin, high - origin)
+                keys = Span(max(k_low, origin) - origin, min(k_high, origin + step) - origin)
+                if keys.low >= keys.high:
+                    keys = Span(0, 0)
+                for places, heads in classes:
+                    recipe = (places, queries, keys)
+                    if recipe not in known:
+                        known[recipe] = chunk_pieces(branches, places, queries, keys)
+                    pieces, complete, complete_keys = known[recipe]
+                    yield Chunk(
+                        samples,
+                        heads,
+                        (low - q_run.start, high - q_run.start),
+                        (origin + keys.low - k_run.start, origin + keys.high - k_run.start) if pieces else (0, 0),
+                        pieces,
+                        complete,
+                        complete_keys,
+                    )
+
+
+def _head_classes(branches: tuple[Branch, ...], num_heads: int) -> list[tuple[tuple[int | None, ...], HeadSlice]]:
+    """Heads grouped by their grid offsets in all branches, each group an arithmetic run."""
+    groups: dict[tuple[int | None, ...], list[int]] = {}
+    for head in range(num_heads):
+        places = []
+        for b in branches:
+            first, last = b.head_range(num_heads)
+            places.append(int(b.offset(head, num_heads)) if first <= head < last else None)
+        groups.setdefault(tuple(places), []).append(head)
+    classes = []
+    for places_key, heads in groups.items():
+        step = heads[1] - heads[0] if len(heads) > 1 else 1
+        if heads == list(range(heads[0], heads[-1] + 1, step)):
+            classes.append((places_key, HeadSlice(heads[0], step, len(heads))))
+        else:
+            classes.extend((places_key, HeadSlice(h, 1, 1)) for h in heads)
+    return classes
+
+
+def _sample_groups(
+    branches: tuple[Branch, ...], problem: Problem
+) -> Iterator[tuple[tuple[int, int], int, list[Interval]]]:
+    """Runs of samples with equal key limits and documents: (samples, first invisible position, intervals)."""
+    q_run, k_run = problem.query_positions[0], problem.key_positions[0]
+    end = max(q_run.start + q_run.length, k_run.start + k_run.length)
+    documents = branches[0].documents
+    tables = [[Interval(0, end, end)]]
+    if documents is not None:
+        assert isinstance(documents, Documents)
+        bounds = documents.bounds(documents.lengths.device).tolist()
+        tables = [_intervals(b, end) for b in (bounds if documents.lengths.dim() == 2 else [bounds])]
+    limits = problem.key_lengths or (end,) * problem.batch
+    keys = [(limits[b], b if len(tables) > 1 else 0) for b in range(problem.batch)]
+    first = 0
+    for b in range(1, problem.batch + 1):
+        if b == problem.batch or keys[b][0] != keys[first][0] or tables[keys[b][1]] != tables[keys[first][1]]:
+            yield (first, b), keys[first][0], tables[keys[first][1]]
+            first = b
+
+
+def _intervals(bounds: list[int], end: int) -> list[Interval]:
+    """The documents that are not empty, and the rows past the last one, which see nothing."""
+    inside = [Interval(a, b, b) for a, b in zip(bounds, bounds[1:]) if a < b]
+    return [*inside, Interval(bounds[-1], end, bounds[-1])] if bounds[-1] < end else inside
