@@ -1,12 +1,11 @@
 """Attention dropout as a pure function of (seed, sample, head, query position, key position).
 
-The generator is Philox-4x32-10 (Salmon et al., SC 2011), computed with int64 arithmetic that every device has. A pair is
-kept or dropped alike in the reference, in any chunk of any backend, and on any rank.
+The generator is Philox-4x32-10 (Salmon et al., SC 2011), computed with int64 arithmetic that every device has. A pair
+is kept or dropped alike in the reference, in any chunk of any backend, and on any rank.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF

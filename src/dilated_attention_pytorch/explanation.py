@@ -24,7 +24,7 @@ class Explanation:
     """What `attend` would do. ``str()`` gives the text.
 
     ``pairs`` are counted pairs over samples and heads, a pair as often as it is seen; ``forward_flops`` is
-    ``2 (D + Dv)`` for each, ``backward_flops`` 2.5 times that; ``bytes_moved`` reads q, k, v and writes out and lse once.
+    ``2 (D + Dv)`` for each, ``backward_flops`` 2.5 times that; ``bytes_moved`` reads q, k, v and writes out, lse once.
     ``backends`` holds each backend's reasons against, empty when it can; ``chosen`` is None when none can.
     """
 
@@ -77,7 +77,7 @@ def explain(
 ) -> Explanation:
     """What `attend` would do with the same arguments; computes nothing and takes meta tensors too.
 
-    Raises InvalidInput as `attend` does. Under meta tensors a padding mask cannot be read: the plan is then that without.
+    Raises InvalidInput as `attend` does. On meta a padding mask cannot be read: the plan is then that without one.
 
     Example:
         >>> import torch

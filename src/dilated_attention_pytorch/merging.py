@@ -11,8 +11,8 @@ from dilated_attention_pytorch.errors import InvalidInput
 def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """One (out, lse) that equals attention over all the parts' keys together; differentiable.
 
-    Each part is ``out (B, N, H, Dv)`` with ``lse (B, H, N)``, natural logarithm. A part that saw no key has lse -inf and
-    adds nothing; a row that no part saw has out 0 and lse -inf. This is eq. 8-10 of LongNet (arXiv 2307.02486).
+    Each part is ``out (B, N, H, Dv)`` with ``lse (B, H, N)``, natural logarithm. A part that saw no key has lse -inf
+    and adds nothing; a row that no part saw has out 0 and lse -inf. This is eq. 8-10 of LongNet (arXiv 2307.02486).
 
     Raises InvalidInput when no part is given or shapes differ.
 

@@ -45,7 +45,7 @@ class Problem:
     """One attention problem. Nothing in it changes after construction; `check_inputs` and `make_problem` fill it.
 
     ``key_lengths`` is the number of visible keys of each sample when there is a padding mask, else None.
-    ``seed`` is an int64 tensor of one element when ``dropout_p > 0``. Values are in ``scale`` and ``score``'s units of logits.
+    ``seed`` is an int64 tensor of one element when ``dropout_p > 0``.
     """
 
     q: Tensor  # (B, Nq, H, D)
@@ -180,7 +180,7 @@ def _check_mask(mask: Tensor, k: Tensor) -> None:
     expected = (k.shape[0], k.shape[1])
     if mask.dtype != torch.bool:
         raise InvalidInput(
-            f"attend: expected key_padding_mask of dtype bool, True = padding. Got {mask.dtype}; compare it, as mask == 0."
+            f"attend: expected a bool key_padding_mask, True = padding. Got {mask.dtype}; compare it, as in mask == 0."
         )
     if tuple(mask.shape) != expected:
         raise InvalidInput(f"attend: expected key_padding_mask of shape (B, Nk) = {expected}. Got {tuple(mask.shape)}.")

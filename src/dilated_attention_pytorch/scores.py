@@ -1,7 +1,7 @@
 """Score rules: elementwise functions of one logit and its place, with their derivatives.
 
-A rule sees ``s = scale * <q_i, k_j>`` and answers the logit that enters the softmax. Rules are constants of the problem:
-gradients flow through them to q and k, not to their tables.
+A rule sees ``s = scale * <q_i, k_j>`` and answers the logit that enters the softmax. Rules are constants of the
+problem: gradients flow through them to q and k, not to their tables.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class Pattern(ABC):
 
 
 def dense_counts(pattern: Pattern, head: Tensor, num_heads: int, q: Tensor, k: Tensor) -> Tensor:
-    """``pattern.count`` expanded to its full int64 shape: (H, Nq, Nk), with a leading batch when the tables have one."""
+    """``pattern.count`` as int64 of its full shape: (H, Nq, Nk), with a leading batch when the tables have one."""
     shape = torch.broadcast_shapes(head.shape, q.shape, k.shape)
     counts = torch.as_tensor(pattern.count(head, num_heads, q, k), dtype=torch.int64, device=k.device)
     return counts.expand(torch.broadcast_shapes(counts.shape, shape))

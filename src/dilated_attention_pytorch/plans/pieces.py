@@ -15,7 +15,7 @@ from dilated_attention_pytorch.patterns import Branch
 from dilated_attention_pytorch.plans.strided import Band, Piece, Rows
 
 WINDOW_ROWS = (128, 512)
-"""Query rows of one windowed block: twice the window, within these bounds; a larger block computes more masked pairs."""
+"""Query rows of one windowed block: twice the window, within these bounds; larger blocks compute more hidden pairs."""
 
 
 class Span(NamedTuple):

@@ -6,6 +6,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from dilated_attention_pytorch.patterns import Branch, Documents, Pattern
@@ -157,5 +158,5 @@ def _sample_groups(
 
 def _intervals(bounds: list[int], end: int) -> list[Interval]:
     """The documents that are not empty, and the rows past the last one, which see nothing."""
-    inside = [Interval(a, b, b) for a, b in zip(bounds, bounds[1:]) if a < b]
+    inside = [Interval(a, b, b) for a, b in pairwise(bounds) if a < b]
     return [*inside, Interval(bounds[-1], end, bounds[-1])] if bounds[-1] < end else inside

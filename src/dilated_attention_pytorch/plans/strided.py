@@ -1,7 +1,7 @@
 """A pattern as small dense problems on strided views: no gather, no scatter, no padding.
 
-Branch (w, r) on grid class c is the view ``x[:, s*w + c + m*r]`` over segments s and places m. A plan cuts the rows into
-chunks that are closed under every branch, and lists for each chunk the pieces that a dense kernel computes.
+Branch (w, r) on grid class c is the view ``x[:, s*w + c + m*r]`` over segments s and places m. A plan cuts the rows
+into chunks that are closed under every branch, and lists for each chunk the pieces that a dense kernel computes.
 """
 
 from __future__ import annotations

@@ -232,11 +232,11 @@ def _backward_block(
         packed["o"].view(b, h, n, d + 1)[..., d].copy_(block.lse_rows(dlse)).neg_()
     sums: list[Tensor] | None = None
     for piece in chunk.pieces:
-        g, q, o, l = (
+        g, q, o, row_lse = (
             _view(x, piece.queries, piece.segments) for x in (packed["g"], packed["q"], packed["o"], lse_packed)
         )
         k, v = (_view(packed[name], piece.keys, piece.segments) for name in ("k", "v"))
-        grads = kernel.backward(g, q, k, v, o, l, p.scale, piece.is_causal, masks.of(piece))
+        grads = kernel.backward(g, q, k, v, o, row_lse, p.scale, piece.is_causal, masks.of(piece))
         sides = (piece.queries, piece.keys, piece.keys)
         lengths = (n, nk, nk)
         if sums is None and all(_covers(piece, rows, size, m) for rows, size in zip(sides, lengths)):

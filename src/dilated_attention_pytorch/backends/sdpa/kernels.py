@@ -1,7 +1,7 @@
 """PyTorch's fused dense kernels behind one face: out and lse forward, gradients from a global out and lse backward.
 
-Tensors are (batch, heads, N, D). Every query row sees at least one key, causal problems are square, lengths are at least
-1, the last dim has stride 1 and Dv equals D: pieces are made so, since the kernels fail silently otherwise.
+Tensors are (batch, heads, N, D). Every query row sees at least one key, causal problems are square, no length is 0, the
+last dim has stride 1 and Dv equals D: pieces are made so, since the kernels fail silently otherwise.
 """
 
 from __future__ import annotations
