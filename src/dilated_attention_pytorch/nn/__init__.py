@@ -1,0 +1,31 @@
+"""Layers: attention with and without projections, transformer blocks, positions, and the key-value cache."""
+
+from dilated_attention_pytorch.nn.attention import DilatedAttention, MultiheadDilatedAttention
+from dilated_attention_pytorch.nn.cache import KeyValueCache, LayerCache
+from dilated_attention_pytorch.nn.positions import Rotary, Rotation, XPos, alibi_slopes, rotate
+from dilated_attention_pytorch.nn.transformer import (
+    DilatedTransformer,
+    DilatedTransformerDecoderLayer,
+    DilatedTransformerEncoderLayer,
+    FeedForward,
+    encoder_decoder_gains,
+    stack_gain,
+)
+
+__all__ = [
+    "DilatedAttention",
+    "DilatedTransformer",
+    "DilatedTransformerDecoderLayer",
+    "DilatedTransformerEncoderLayer",
+    "FeedForward",
+    "KeyValueCache",
+    "LayerCache",
+    "MultiheadDilatedAttention",
+    "Rotary",
+    "Rotation",
+    "XPos",
+    "alibi_slopes",
+    "encoder_decoder_gains",
+    "rotate",
+    "stack_gain",
+]
