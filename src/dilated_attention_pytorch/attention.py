@@ -166,8 +166,8 @@ def backward(
 ) -> Gradients:
     """The gradients of the pattern's pairs, given the global out and lse; pure."""
     if problem.q.numel() == 0 or problem.v.numel() == 0:
-        zeros = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
-        return Gradients(*zeros, None if problem.bias is None else torch.zeros_like(problem.bias))
+        dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
+        return Gradients(dq, dk, dv, None if problem.bias is None else torch.zeros_like(problem.bias))
     if not compat.detach_mixing:
         chosen, plan = select(problem, candidate_plans(pattern, problem), backend)
         with torch.profiler.record_function(f"dilated_attention_pytorch::{chosen.name}::backward"):
@@ -178,7 +178,7 @@ def backward(
     for branch in branch_patterns(pattern):  # each branch with its own out, weighted by the global lse
         branch_out, _ = forward(problem, branch, compat=TorchscaleCompat(compat.zero_keys), backend=backend)
         share = backward(problem, branch, dout, None, branch_out, lse, backend=backend)
-        total = share if total is None else Gradients(*(None if a is None else a + b for a, b in zip(total, share)))  # type: ignore[arg-type]
+        total = share if total is None else total.plus(share)
     assert total is not None
     return total
 

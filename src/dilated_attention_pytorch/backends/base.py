@@ -19,6 +19,11 @@ class Gradients(NamedTuple):
     v: Tensor
     bias: Tensor | None = None
 
+    def plus(self, other: Gradients) -> Gradients:
+        """The sum of two shares of the gradients of one problem."""
+        bias = self.bias if self.bias is None or other.bias is None else self.bias + other.bias
+        return Gradients(self.q + other.q, self.k + other.k, self.v + other.v, bias)
+
 
 class Backend(ABC):
     """One way to compute plans. Stateless; forward and backward are pure functions of their arguments."""

@@ -58,7 +58,8 @@ class Window(Pattern):
             raise InvalidInput(f"Window: expected a size of at least 1 token. Got {self.size}.")
 
     def count(self, head: Index, num_heads: int, q: Index, k: Index) -> Index:
-        return (abs(q - k) < self.size) * 1
+        distance = q - k
+        return ((distance < self.size) & (-distance < self.size)) * 1
 
     def branches(self) -> tuple[Branch, ...]:
         return (Branch(window=self.size),)

@@ -79,11 +79,11 @@ class Piece:
 
 
 class HeadSlice(NamedTuple):
-    """Heads ``start, start + step, ...``, ``count`` of them."""
+    """Heads ``start, start + step, ...``, ``size`` of them."""
 
     start: int
     step: int
-    count: int
+    size: int
 
     def part(self, first: int, count: int) -> slice:
         """The slice of ``count`` heads from the first-th on."""
@@ -110,7 +110,7 @@ class Chunk:
     @property
     def pairs(self) -> int:
         """Visible query-key pairs over its samples and heads."""
-        return (self.samples[1] - self.samples[0]) * self.heads.count * sum(p.pairs for p in self.pieces)
+        return (self.samples[1] - self.samples[0]) * self.heads.size * sum(p.pairs for p in self.pieces)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ class StridedPlan(Plan):
         shape = (problem.batch, problem.num_heads, problem.query_length, problem.key_length)
         counts = torch.zeros(shape, dtype=torch.int64)
         for c in self.chunks:
-            heads = c.heads.part(0, c.heads.count)
+            heads = c.heads.part(0, c.heads.size)
             block = counts[slice(*c.samples), heads, slice(*c.queries), slice(*c.keys)]
             for p in c.pieces:
                 nq, nk = p.queries.length, p.keys.length

@@ -126,12 +126,12 @@ def _blocks(problem: Problem, plan: StridedPlan) -> Iterator[_Block]:
     for chunk in plan.chunks:
         first, last = chunk.samples
         rows = max(chunk.queries[1] - chunk.queries[0], chunk.keys[1] - chunk.keys[0], 1)
-        room = max(1, PACKED_ROWS // rows) if problem.q.device.type == "cpu" else chunk.heads.count * (last - first)
-        heads = chunk.heads.count if group == 1 else 1
+        room = max(1, PACKED_ROWS // rows) if problem.q.device.type == "cpu" else chunk.heads.size * (last - first)
+        heads = chunk.heads.size if group == 1 else 1
         heads = min(heads, room)
         samples = max(1, room // heads)
-        for h in range(0, chunk.heads.count, heads):
-            part = chunk.heads.part(h, min(heads, chunk.heads.count - h))
+        for h in range(0, chunk.heads.size, heads):
+            part = chunk.heads.part(h, min(heads, chunk.heads.size - h))
             kv_part = part if group == 1 else slice(part.start // group, part.start // group + 1)
             for b in range(first, last, samples):
                 yield _Block(chunk, slice(b, min(b + samples, last)), part, kv_part)
@@ -175,8 +175,9 @@ def _forward_block(block: _Block, p: Problem, kernel: Kernel, work: Workspace, m
     k, v = _pack(work, "k", block.key_rows(p.k)), _pack(work, "v", block.key_rows(p.v))
     out: Tensor | None = None
     for piece in chunk.pieces:
-        views = (_view(q, piece.queries, piece.segments), *(_view(x, piece.keys, piece.segments) for x in (k, v)))
-        part_out, part_lse = kernel.forward(*views, p.scale, piece.is_causal, masks.of(piece))
+        q_view = _view(q, piece.queries, piece.segments)
+        k_view, v_view = (_view(x, piece.keys, piece.segments) for x in (k, v))
+        part_out, part_lse = kernel.forward(q_view, k_view, v_view, p.scale, piece.is_causal, masks.of(piece))
         if out is None and piece.fresh and _covers(piece, piece.queries, n, b * h):
             out, lse = part_out.transpose(1, 2).reshape(b * h, n, d), part_lse.reshape(b * h, n)
             continue
