@@ -1,0 +1,65 @@
+"""`dilated-attention explain`: what an attention call would do, without doing it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from dilated_attention_pytorch.cli.console import out
+from dilated_attention_pytorch.errors import InvalidInput
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+Lengths = Annotated[str, typer.Option(metavar="W,W,...", help="Segment lengths in tokens, with commas.")]
+Rates = Annotated[str, typer.Option(metavar="R,R,...", help="Dilation rates, one per segment length.")]
+
+
+def explain(
+    seq_len: Annotated[int, typer.Option(help="Tokens.")],
+    segments: Lengths,
+    rates: Rates,
+    heads: Annotated[int, typer.Option(help="Heads.")] = 12,
+    head_dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 64,
+    causal: Annotated[bool, typer.Option(help="Mask the future.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="meta asks about the plan alone, and needs no memory.")] = "cpu",
+) -> None:
+    """Show the plan, the work in FLOPs and bytes, and what each backend says to it. Computes nothing.
+
+    [bold]Examples[/bold]
+
+    dilated-attention explain --seq-len 65536 --segments 2048,8192 --rates 1,4
+
+    dilated-attention explain --seq-len 1000000 --segments 2048,32768 --rates 1,12 --causal --device meta
+    """
+    import torch
+
+    import dilated_attention_pytorch as door
+
+    if dtype not in DTYPES:
+        raise InvalidInput(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    for name, value, least in (("--seq-len", seq_len, 0), ("--heads", heads, 1), ("--head-dim", head_dim, 1)):
+        if value < least:
+            raise InvalidInput(f"{name} must be at least {least}, got {value}")
+    pattern = door.longnet(integers("--segments", segments), integers("--rates", rates))
+    try:
+        one = torch.empty(1, dtype=getattr(torch, dtype), device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInput(f"--device {device} cannot be used here: {reason}") from error
+    x = one.expand(1, seq_len, heads, head_dim)  # a view of one number: only shape, dtype and device are looked at
+    out.print(Text(str(door.explain(x, x, x, pattern & door.Causal() if causal else pattern))))
+
+
+def integers(name: str, text: str) -> list[int]:
+    """The integers of `text`, which stand between commas. Raises InvalidInput, naming the option, for anything else.
+
+    >>> integers("--rates", "1, 2,4")
+    [1, 2, 4]
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidInput(f"{name} must be integers with commas between them, as 1,2,4; got {text!r}") from error

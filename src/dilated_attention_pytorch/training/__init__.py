@@ -1,0 +1,1 @@
+"""Training a LongNet language model on bytes: text, schedule, loop, checkpoints that continue exactly, evaluation."""

@@ -1,0 +1,127 @@
+"""A training state on disk, in one safetensors file without pickle, read back to the last bit or not at all.
+
+Tensors: `model.<name>`, `optimizer.<quantity>.<name>`, `random.cpu`, and `random.cuda` on a GPU. The file's metadata
+holds the step and the seconds spent. The file is written aside and renamed, so a run always has its last whole
+checkpoint.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.training.files import write_whole
+
+FORMAT = "dilated-attention-pytorch training checkpoint 1"
+QUANTITIES = ("step", "exp_avg", "exp_avg_sq")  # what torch.optim.AdamW keeps per parameter
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: `step` steps done in `seconds` of training."""
+
+    step: int
+    seconds: float
+
+
+def save_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW, progress: Progress) -> None:
+    """`path` holds the whole state of the run; until it does, the earlier checkpoint stays."""
+    tensors = _like(model)
+    for name, parameter in model.named_parameters():
+        for quantity, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{quantity}.{name}"] = value
+    stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    metadata = {"format": FORMAT, "progress": json.dumps({"step": progress.step, "seconds": progress.seconds})}
+    write_whole(path, save(stored, metadata=metadata))
+
+
+def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW) -> Progress:
+    """Model, optimizer and random generators stand where the checkpoint left them.
+
+    Everything is read and checked before anything is changed. Raises InvalidInput, naming the file, when the file is
+    missing, truncated, no checkpoint, or one of another model.
+    """
+    device = next(model.parameters()).device
+    progress, tensors = _read(path, _like(model))
+    if progress.step == 0:
+        raise InvalidInput(f"{path} is damaged: a checkpoint is written after at least one step")
+    try:
+        torch.set_rng_state(tensors["random.cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], device)
+    except RuntimeError as error:
+        raise InvalidInput(f"{path} is damaged: its random state is not one ({error})") from error
+    with torch.no_grad():
+        for name, weight in _weights(model).items():
+            weight.copy_(tensors[f"model.{name}"])
+    for name, parameter in model.named_parameters():
+        state = {quantity: tensors[f"optimizer.{quantity}.{name}"] for quantity in QUANTITIES}
+        on_device = {q: value if q == "step" else value.to(device) for q, value in state.items()}
+        optimizer.state[parameter] = on_device
+    return progress
+
+
+def _like(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint of `model`, with an optimizer that has not moved yet."""
+    tensors = {f"model.{name}": value for name, value in _weights(model).items()}
+    for name, parameter in model.named_parameters():
+        for quantity in QUANTITIES:
+            like = torch.zeros(()) if quantity == "step" else torch.zeros_like(parameter)
+            tensors[f"optimizer.{quantity}.{name}"] = like
+    return tensors | _random_state(next(model.parameters()).device)
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers, each tied tensor once."""
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return parameters | {name: value for name, value in model.state_dict().items() if name not in tied}
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _read(path: Path, expected: dict[str, torch.Tensor]) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """What the file holds, once its names, shapes and dtypes are those of `expected`."""
+    if not path.is_file():
+        raise InvalidInput(f"{path} is missing; expected a training checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = set(file.keys())
+            if metadata.get("format") != FORMAT:
+                found = metadata.get("format")
+                raise InvalidInput(f"{path}: expected a file of format {FORMAT!r}, got {found!r:.80}")
+            if names != set(expected):
+                odd = sorted(names ^ set(expected))[:3]
+                raise InvalidInput(f"{path} belongs to another model; first names that differ: {odd}")
+            for name, like in expected.items():
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(like.shape):
+                    raise InvalidInput(f"{path}: {name} must have shape {tuple(like.shape)}, got {shape}")
+            tensors = {name: file.get_tensor(name) for name in expected}
+    except (SafetensorError, OSError) as error:
+        raise InvalidInput(f"{path} is truncated or damaged: {error}") from error
+    for name, like in expected.items():
+        if tensors[name].dtype != like.dtype:
+            raise InvalidInput(f"{path}: {name} must be {like.dtype}, got {tensors[name].dtype}")
+    return _progress(path, metadata), tensors
+
+
+def _progress(path: Path, metadata: dict[str, str]) -> Progress:
+    try:
+        values = json.loads(metadata.get("progress", ""))
+        step, seconds = values["step"], values["seconds"]
+        if type(step) is int and step >= 0 and isinstance(seconds, (int, float)) and 0 <= seconds < 1e12:
+            return Progress(step, float(seconds))
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise InvalidInput(f"{path} is damaged: its metadata does not say how far the run had come") from error
+    raise InvalidInput(f"{path} is damaged: step {step!r:.40} after {seconds!r:.40} seconds is impossible")

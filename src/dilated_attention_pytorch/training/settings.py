@@ -1,0 +1,86 @@
+"""What a training run is told: frozen, checked at construction, stored with the run."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from dilated_attention_pytorch.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The settings of one run. `window` is in bytes, rates are per step, `final_rate` is a share of `learning_rate`.
+
+    `checkpoint_every` counts steps. `threads` is the number of CPU threads that the run was started with: results are
+    equal to the last bit only with the same number. Raises InvalidInput for values that cannot work.
+
+    >>> TrainingSettings(steps=0)
+    Traceback (most recent call last):
+    dilated_attention_pytorch.errors.InvalidInput: steps must be an integer of at least 1, got 0
+    """
+
+    steps: int = 400
+    window: int = 8192
+    batch_size: int = 1
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    final_rate: float = 0.05
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    autocast: str = "none"
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    checkpoint_every: int = 20
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("steps", "window", "batch_size", "threads", "checkpoint_every"):
+            self._integer(name, 1)
+        for name in ("seed", "warmup_steps"):
+            self._integer(name, 0)
+        if self.seed >= 2**32:
+            raise InvalidInput(f"seed must be below 2**32, got {self.seed}")
+        for name, least, most in (
+            ("learning_rate", 1e-9, 10.0),
+            ("final_rate", 0.0, 1.0),
+            ("weight_decay", 0.0, 10.0),
+            ("clip_norm", 1e-6, 1e6),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not least <= value <= most:
+                raise InvalidInput(f"{name} must be a number from {least:g} to {most:g}, got {value!r}")
+        if self.autocast not in ("none", "bf16"):
+            raise InvalidInput(f"autocast must be 'none' or 'bf16', got {self.autocast!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise InvalidInput(f"device must be 'cpu' or 'cuda', got {self.device!r}")
+
+    def _integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InvalidInput(f"{name} must be an integer of at least {least}, got {value!r}")
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "TrainingSettings":
+        """The settings that `dataclasses.asdict` gave. Raises InvalidInput for names that are missing or unknown."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            raise InvalidInput(f"settings must name exactly {sorted(names)}, got {values!r:.200}")
+        return cls(**values)
+
+
+def learning_rate_at(step: int, settings: TrainingSettings) -> float:
+    """The learning rate of `step` (from 0): a linear warm-up, then a half cosine down to `final_rate` of the peak.
+
+    >>> settings = TrainingSettings(steps=100, warmup_steps=10, learning_rate=1.0, final_rate=0.1)
+    >>> [round(learning_rate_at(step, settings), 3) for step in (0, 9, 10, 99)]
+    [0.1, 1.0, 1.0, 0.1]
+    """
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    span = max(1, settings.steps - 1 - settings.warmup_steps)
+    done = min(1.0, (step - settings.warmup_steps) / span)
+    share = settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * share
