@@ -30,7 +30,7 @@ from dilated_attention_pytorch.nn.transformer import (
     encoder_decoder_gains,
     stack_gain,
 )
-from dilated_attention_pytorch.patterns import longnet
+from dilated_attention_pytorch.patterns import Documents, longnet
 
 
 class LongNetLM(PretrainedModel):
@@ -120,23 +120,35 @@ class LongNetLM(PretrainedModel):
         *,
         key_padding_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Logits (B, N, num_tokens) of the token after each of ``tokens (B, N)``, integers.
 
-        ``key_padding_mask (B, N)``: True is padding, on the right. ``position_ids`` (N,) or (B, N). With a ``cache``
-        from `new_cache`, tokens follow those seen so far and are remembered; call it under torch.no_grad().
+        ``key_padding_mask (B, N)``: True is padding, on the right. ``position_ids`` (N,) or (B, N). Segments and
+        positions restart in each of ``documents``, packed one after another in N. With a ``cache`` from `new_cache`,
+        tokens follow those seen so far and are remembered; call it under torch.no_grad().
 
         Raises InvalidInput for tokens that are not in the vocabulary or not integers; the cache stays as it was.
         """
-        return self.logits(self.hidden(tokens, is_causal, key_padding_mask, position_ids, cache))
+        hidden = self.hidden(
+            tokens,
+            is_causal,
+            key_padding_mask=key_padding_mask,
+            position_ids=position_ids,
+            documents=documents,
+            cache=cache,
+        )
+        return self.logits(hidden)
 
     def hidden(
         self,
         tokens: Tensor,
         is_causal: bool = True,
+        *,
         key_padding_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """The last LayerNorm's output (B, N, d_model), from which `logits` reads; arguments as in ``forward``."""
@@ -149,6 +161,7 @@ class LongNetLM(PretrainedModel):
             is_causal=is_causal,
             key_padding_mask=key_padding_mask,
             position_ids=position_ids,
+            documents=documents,
             cache=cache,
         )
 
@@ -278,6 +291,7 @@ class LongNetEncoder(PretrainedModel):
         is_causal: bool = False,
         *,
         position_ids: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Encoded rows (B, N, d_model) of ``x (B, N, d_model)``; rows of padding hold numbers without meaning.
 
@@ -286,7 +300,11 @@ class LongNetEncoder(PretrainedModel):
         """
         _check_rows("x", x, self.config.d_model)
         return self.encoder(  # type: ignore[no-any-return]
-            x, is_causal=is_causal, key_padding_mask=key_padding_mask, position_ids=position_ids
+            x,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            position_ids=position_ids,
+            documents=documents,
         )
 
 

@@ -14,7 +14,7 @@ from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.base import bias_from_mask, check_dropout, check_op, dense_weights
 from dilated_attention_pytorch.nn.cache import LayerCache
 from dilated_attention_pytorch.nn.positions import Rotation, alibi_slopes, make_positions, rotate
-from dilated_attention_pytorch.patterns import Causal, Pattern, longnet
+from dilated_attention_pytorch.patterns import Causal, Documents, Pattern, longnet
 from dilated_attention_pytorch.scores import Relative, Score
 
 
@@ -67,16 +67,19 @@ class DilatedAttention(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         query_start: int | None = None,
+        documents: Documents | None = None,
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention (B, Nq, H, Dv) of ``query (B, Nq, H, D)`` over ``key (B, Nk, Hkv, D)``, ``value (B, Nk, Hkv, Dv)``.
 
         ``attention_mask`` broadcasts to (B, H, Nq, Nk) as in F.scaled_dot_product_attention: True takes part, floats
         are added. ``key_padding_mask (B, Nk)``: True is padding, on the right. ``query_start`` is the position of the
-        first query; None makes queries the last rows. With ``need_weights`` also the weights (B, H, Nq, Nk), without
-        dropout, in O(Nq Nk) memory.
+        first query; None makes queries the last rows. The pattern restarts in each of ``documents``. With
+        ``need_weights`` also the weights (B, H, Nq, Nk), without dropout, in O(Nq Nk) memory.
         """
         pattern = self.causal_pattern if is_causal else self.pattern
+        if documents is not None:
+            pattern = documents.of(pattern)
         bias = None
         if attention_mask is not None:
             bias = bias_from_mask("attention_mask", attention_mask, query, true_takes_part=True)
@@ -205,6 +208,7 @@ class MultiheadDilatedAttention(nn.Module):
         position_ids: Tensor | None = None,
         rotation: Rotation | None = None,
         query_start: int | None = None,
+        documents: Documents | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The layer's output (B, Nq, E) for ``query (B, Nq, E)``, ``key`` and ``value (B, Nk, E)``; None is the query.
@@ -216,18 +220,25 @@ class MultiheadDilatedAttention(nn.Module):
 
         ``position_ids`` (N,) or (B, N) place the rows for rotary and xPos (self-attention only; default: in order);
         ``rotation`` is a ready table from ``positions.table``, shared by the layers of a model. ``query_start`` is the
-        row of the first query among the keys; None makes queries the last rows. ``cache`` is read, and keeps the new
-        keys and values: self-attention under torch.no_grad().
+        row of the first query among the keys; None makes queries the last rows. Pattern and positions restart in each
+        of ``documents``, so that a packed sample equals the sample alone. ``cache`` is read, and keeps the new keys and
+        values: self-attention under torch.no_grad().
 
         Raises InvalidInput for shapes, dtypes and options that do not fit; nothing is cached then.
         """
         is_self = (key is None or key is query) and (value is None or value is query)
         key, value = query if key is None else key, query if value is None else value
-        self._check_call(query, key, value, is_self, key_padding_mask, position_ids, rotation, query_start, cache)
+        self._check_rows(query=query, key=key, value=value)
+        self._check_placing(is_self, position_ids, rotation, documents)
+        if cache is not None:
+            _check_cached(is_self, key_padding_mask, query_start, documents)
         q, k, v = self._project(query, key, value, is_self)
         past = 0 if cache is None else cache.length
         first = past + k.shape[1] - q.shape[1] if query_start is None else query_start
-        q, k = self._place(q, k, max(first, 0), past, position_ids, rotation)
+        if self.positions is not None:
+            if rotation is None:
+                rotation = self._rotation(q, k, max(first, 0), past, position_ids, documents)
+            q, k = rotate(q, rotation.query_cos, rotation.query_sin), rotate(k, rotation.key_cos, rotation.key_sin)
         bias = None if attn_mask is None else self._bias(attn_mask, q, past + k.shape[1])
         if cache is not None:
             k, v = cache.append(k, v)
@@ -239,6 +250,7 @@ class MultiheadDilatedAttention(nn.Module):
             bias,
             key_padding_mask=key_padding_mask,
             query_start=query_start,
+            documents=documents,
             need_weights=need_weights,
         )
         if need_weights:
@@ -261,25 +273,22 @@ class MultiheadDilatedAttention(nn.Module):
             q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
         return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))  # type: ignore[return-value]
 
-    def _place(
+    def _rotation(
         self,
         q: Tensor,
         k: Tensor,
         first: int,
         past: int,
         position_ids: Tensor | None,
-        rotation: Rotation | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Queries and keys with their positions applied; ``first`` and ``past`` are the rows of the first of each."""
-        if self.positions is None:
-            return q, k
-        if rotation is None:
-            table = partial(self.positions.table, dtype=q.dtype, device=q.device)
-            rotation = table(k.shape[1], start=past, position_ids=position_ids)
-            if first != past or q.shape[1] != k.shape[1]:
-                of_queries = table(q.shape[1], start=first)
-                rotation = Rotation(*of_queries[:2], *rotation[2:])
-        return rotate(q, rotation.query_cos, rotation.query_sin), rotate(k, rotation.key_cos, rotation.key_sin)
+        documents: Documents | None,
+    ) -> Rotation:
+        """The table of these rows; ``first`` and ``past`` are the rows of the first query and of the first key."""
+        assert self.positions is not None
+        table = partial(self.positions.table, documents=documents, dtype=q.dtype, device=q.device)
+        of_keys = table(k.shape[1], start=past, position_ids=position_ids)
+        if first == past and q.shape[1] == k.shape[1]:
+            return of_keys
+        return Rotation(*table(q.shape[1], start=first)[:2], *of_keys[2:])
 
     def _bias(self, attn_mask: Tensor, q: Tensor, key_length: int) -> Tensor:
         batch, query_length, heads, _ = q.shape
@@ -296,24 +305,17 @@ class MultiheadDilatedAttention(nn.Module):
         x = heads.flatten(2)  # (B, Nq, E)
         return self.out_proj(x if self.norm is None else self.norm(x))  # type: ignore[no-any-return]
 
-    def _check_call(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        is_self: bool,
-        key_padding_mask: Tensor | None,
-        position_ids: Tensor | None,
-        rotation: Rotation | None,
-        query_start: int | None,
-        cache: LayerCache | None,
-    ) -> None:
-        for name, x in (("query", query), ("key", key), ("value", value)):
+    def _check_rows(self, **tensors: Tensor) -> None:
+        for name, x in tensors.items():
             if x.dim() != 3 or x.shape[-1] != self.embed_dim:
                 raise InvalidInput(
                     f"expected {name} of shape (B, N, embed_dim = {self.embed_dim}). Got {tuple(x.shape)}; "
                     "a single sample needs a batch dim: x[None]."
                 )
+
+    def _check_placing(
+        self, is_self: bool, position_ids: Tensor | None, rotation: Rotation | None, documents: Documents | None
+    ) -> None:
         if (position_ids is not None or rotation is not None) and self.positions is None:
             raise InvalidInput(
                 f"position={self.position!r} has no use for position_ids or rotation; leave them out, or build the "
@@ -321,12 +323,19 @@ class MultiheadDilatedAttention(nn.Module):
             )
         if position_ids is not None and (not is_self or rotation is not None):
             raise InvalidInput("position_ids place the rows of self-attention: leave out key, value and rotation.")
-        if cache is None:
-            return
-        if not is_self or query_start is not None:
-            raise InvalidInput("a cache serves self-attention: leave out key, value and query_start.")
-        if key_padding_mask is not None:
-            raise InvalidInput("padding would lie between cached rows: leave out key_padding_mask, or the cache.")
+        if documents is not None and not is_self:
+            raise InvalidInput("documents are those of self-attention: leave out key and value.")
+
+
+def _check_cached(
+    is_self: bool, key_padding_mask: Tensor | None, query_start: int | None, documents: Documents | None
+) -> None:
+    if not is_self or query_start is not None:
+        raise InvalidInput("a cache serves self-attention: leave out key, value and query_start.")
+    if key_padding_mask is not None or documents is not None:
+        raise InvalidInput(
+            "padding and documents would lie between cached rows: leave out key_padding_mask and documents, or cache."
+        )
 
 
 def _choose_pattern(

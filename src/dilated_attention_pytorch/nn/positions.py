@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.patterns import Documents
 
 POSITIONS = ("none", "rotary", "xpos", "alibi")
 
@@ -78,15 +79,16 @@ class Rotary:
         *,
         start: int = 0,
         position_ids: Tensor | None = None,
+        documents: Documents | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Rotation:
         """The rotation of rows ``start...start + length``, which stand at ``position_ids`` (N,) or (B, N).
 
-        None is in order. ``dtype`` is that of the tensors to be turned. Raises InvalidInput for position_ids of another
-        shape or kind.
+        None is in order, in each of ``documents`` from 0. ``dtype`` is that of the tensors to be turned. Raises
+        InvalidInput for position_ids of another shape or kind.
         """
-        places = _places(length, start, position_ids, torch.device(device or "cpu"))
+        places = _places(position_ids, _rows(length, start, documents, torch.device(device or "cpu")))
         cos, sin = self._cos_sin(places, _table_dtype(dtype))
         return Rotation(cos, sin, cos, sin)
 
@@ -127,16 +129,18 @@ class XPos(Rotary):
         *,
         start: int = 0,
         position_ids: Tensor | None = None,
+        documents: Documents | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Rotation:
         """As `Rotary.table`, with the factors folded into the queries' and the keys' tables."""
-        where = torch.device(device or "cpu")
-        places = _places(length, start, position_ids, where)
+        rows = _rows(length, start, documents, torch.device(device or "cpu"))
+        places = _places(position_ids, rows)
         cos, sin = self._cos_sin(places, _table_dtype(dtype))
-        counted = places - self._origins(torch.arange(start, start + length, device=where)).to(places.dtype)
-        self._check_range(self._reach(length, start) if position_ids is None else _largest(counted), dtype)
-        pair = torch.arange(0, self.head_dim, 2, device=where, dtype=places.dtype)
+        counted = places - self._origins(rows).to(places.dtype)
+        in_order = position_ids is None and documents is None
+        self._check_range(self._reach(length, start) if in_order else _largest(counted), dtype)
+        pair = torch.arange(0, self.head_dim, 2, device=rows.device, dtype=places.dtype)
         zeta = (pair / self.head_dim + 0.4) / 1.4
         grow = (zeta ** (counted[..., None] / self.scale_base)).to(cos.dtype).unsqueeze(-2)  # (..., N, 1, D/2)
         grow = torch.cat((grow, grow), -1)
@@ -187,18 +191,27 @@ def make_positions(kind: str, head_dim: int, segment_lengths: Sequence[int] | No
     return None
 
 
-def _places(length: int, start: int, position_ids: Tensor | None, device: torch.device) -> Tensor:
+def _rows(length: int, start: int, documents: Documents | None, device: torch.device) -> Tensor:
+    """Row numbers, (N,) or (B, N), which begin anew in every document."""
+    rows = torch.arange(start, start + length, device=device)
+    if documents is None:
+        return rows
+    inside = documents.locate(rows)[1]
+    return inside if inside.dim() == 1 else inside.reshape(-1, length)
+
+
+def _places(position_ids: Tensor | None, rows: Tensor) -> Tensor:
     """Positions as floats, float64 where the device has it: a float32 angle is 0.06 off at a million tokens."""
-    working = torch.float32 if device.type == "mps" else torch.float64
+    working = torch.float32 if rows.device.type == "mps" else torch.float64
     if position_ids is None:
-        return torch.arange(start, start + length, device=device, dtype=working)
+        return rows.to(working)
     if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
         raise InvalidInput(f"expected position_ids of an integer dtype. Got {position_ids.dtype}; use .long().")
-    if position_ids.dim() not in (1, 2) or position_ids.shape[-1] != length:
+    if position_ids.dim() not in (1, 2) or position_ids.shape[-1] != rows.shape[-1]:
         raise InvalidInput(
-            f"expected position_ids of shape (N,) or (B, N) with N = {length}. Got {tuple(position_ids.shape)}."
+            f"expected position_ids of shape (N,) or (B, N) with N = {rows.shape[-1]}. Got {tuple(position_ids.shape)}."
         )
-    return position_ids.to(device=device, dtype=working)
+    return position_ids.to(device=rows.device, dtype=working)
 
 
 def _table_dtype(dtype: torch.dtype) -> torch.dtype:

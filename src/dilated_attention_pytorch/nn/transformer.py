@@ -16,7 +16,7 @@ from dilated_attention_pytorch.nn.attention import MultiheadDilatedAttention
 from dilated_attention_pytorch.nn.base import check_dropout, compute_dtype
 from dilated_attention_pytorch.nn.cache import KeyValueCache, LayerCache
 from dilated_attention_pytorch.nn.positions import Rotation
-from dilated_attention_pytorch.patterns import Full, Pattern
+from dilated_attention_pytorch.patterns import Documents, Full, Pattern
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -159,6 +159,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         rotation: Rotation | None = None,
+        documents: Documents | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """The block's output (B, N, E); options as in `MultiheadDilatedAttention.forward`."""
@@ -167,6 +168,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
             key_padding_mask=key_padding_mask,
             is_causal=is_causal,
             rotation=rotation,
+            documents=documents,
             cache=cache,
         )
         src = src + self.dropout(added)
@@ -303,12 +305,13 @@ class DilatedTransformer(nn.Module):
         key_padding_mask: Tensor | None = None,
         memory_key_padding_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """All layers' output (B, N, E), normed. When it raises, the cache is as it was."""
-        self._check_memory(memory, memory_key_padding_mask, memory_is_causal, cache)
+        self._check_memory(memory, memory_key_padding_mask, memory_is_causal, cache, documents)
         past = self._past(cache)
-        rotation = self._rotation(x, past, position_ids)
+        rotation = self._rotation(x, past, position_ids, documents)
         try:
             for i, layer in enumerate(self.layers):
                 arguments: list[Any] = [x, is_causal]
@@ -316,8 +319,9 @@ class DilatedTransformer(nn.Module):
                 if memory is not None:
                     arguments = [x, memory, is_causal, memory_is_causal]
                     options["memory_key_padding_mask"] = memory_key_padding_mask
-                elif cache is not None:
-                    options["cache"] = cache.layers[i]
+                else:
+                    options["documents"] = documents
+                    options["cache"] = None if cache is None else cache.layers[i]
                 if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                     x = checkpoint(layer, *arguments, use_reentrant=False, **options)
                 else:
@@ -329,11 +333,16 @@ class DilatedTransformer(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
     def _check_memory(
-        self, memory: Tensor | None, mask: Tensor | None, memory_is_causal: bool, cache: KeyValueCache | None
+        self,
+        memory: Tensor | None,
+        mask: Tensor | None,
+        memory_is_causal: bool,
+        cache: KeyValueCache | None,
+        documents: Documents | None,
     ) -> None:
         if isinstance(self.layers[0], DilatedTransformerDecoderLayer):
-            if memory is None or cache is not None:
-                raise InvalidInput("decoder layers read a memory (B, M, E) and keep no cache: pass memory, no cache.")
+            if memory is None or cache is not None or documents is not None:
+                raise InvalidInput("decoder layers read a memory (B, M, E): pass it, and neither cache nor documents.")
         elif memory is not None or mask is not None or memory_is_causal:
             raise InvalidInput("these layers have no cross-attention: leave out memory and its options.")
 
@@ -344,7 +353,9 @@ class DilatedTransformer(nn.Module):
             raise InvalidInput(f"expected a cache of {len(self.layers)} layers. Got one of {len(cache.layers)}.")
         return cache.length
 
-    def _rotation(self, x: Tensor, past: int, position_ids: Tensor | None) -> Rotation | None:
+    def _rotation(
+        self, x: Tensor, past: int, position_ids: Tensor | None, documents: Documents | None
+    ) -> Rotation | None:
         attention = cast(DilatedTransformerEncoderLayer, self.layers[0]).self_attn
         if attention.positions is None:
             if position_ids is not None:
@@ -353,5 +364,10 @@ class DilatedTransformer(nn.Module):
                 )
             return None
         return attention.positions.table(
-            x.shape[1], start=past, position_ids=position_ids, dtype=compute_dtype(x), device=x.device
+            x.shape[1],
+            start=past,
+            position_ids=position_ids,
+            documents=documents,
+            dtype=compute_dtype(x),
+            device=x.device,
         )
