@@ -1,0 +1,101 @@
+"""Every backend keeps every law on every case and dtype, or gives a reason; every wrong backend breaks one."""
+
+import pytest
+import torch
+
+from dilated_attention_pytorch.backends import BACKENDS, DenseBackend, SdpaBackend
+from dilated_attention_pytorch.backends.base import Backend
+from dilated_attention_pytorch.plans import DensePlan
+from dilated_attention_pytorch.testing import (
+    CASES,
+    MUTANTS,
+    PATTERNS,
+    ContractReport,
+    ContractViolation,
+    check_contract,
+)
+from dilated_attention_pytorch.testing.contract import DTYPES, check_case, check_large_offsets, check_packed
+
+# What the fused kernels cannot do, and patterns without a closed form.
+NO_SDPA = ("bias", "score", "slopes", "table", "softcap", "dropout", "values_")
+NO_CLOSED_FORM = ("product_of_grids", "documents_cut_grid", "documents_summed")
+
+
+def _refusable(name: str) -> bool:
+    return any(word in name for word in NO_SDPA + NO_CLOSED_FORM)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_laws(backend: Backend, case, dtype):
+    report = ContractReport()
+    check_case(backend, case, dtype, "cpu", report)
+    if backend.name == "dense":
+        assert not report.refused, "dense runs anything the definition allows"
+    elif report.refused and "scale" not in case.name:
+        assert _refusable(case.name), report.refused
+    assert report.checked or report.refused
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_packed_documents_equal_documents_alone(backend: Backend):
+    report = ContractReport()
+    check_packed(backend, "cpu", report)
+    assert report.checked == 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_rows_past_element_two_to_the_31(backend: Backend):
+    check_large_offsets(backend, "cpu", ContractReport())
+
+
+def _cheap_first():
+    """Cases on which the mutants differ, so that each fails soon; those that break no value need the rest."""
+    names = ("longnet", "longnet-placed", "sparse_rows", "longnet_causal-padded")
+    return [c for c in CASES if c.name in names]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_contract_fails_wrong_backends(mutant: Backend):
+    with pytest.raises(ContractViolation, match="law"):
+        check_contract(mutant, _cheap_first(), dtypes=[torch.float32])
+
+
+@pytest.mark.parametrize("backend", [DenseBackend(), SdpaBackend()], ids=lambda b: b.name)
+def test_contract_passes_right_backends_on_the_same_cases(backend: Backend):
+    report = check_contract(backend, _cheap_first(), dtypes=[torch.float32])
+    assert report.checked == 4 * len(_cheap_first()) + 3 + 1
+    assert not report.refused
+
+
+def test_mutants_are_wrong_in_different_ways():
+    assert len({m.name for m in MUTANTS}) == len(MUTANTS)
+    wanted = {"head_left_zero", "scale_forgotten", "union_for_sum", "mean_for_merge", "detached_merge"}
+    assert wanted | {"divided_by_sum", "offsets_32"} <= {m.name for m in MUTANTS}
+
+
+class _Refusing(DenseBackend):
+    name = "refusing"
+
+    def reasons_against(self, problem, plan):
+        return ["not today"]
+
+
+def test_a_refusal_is_reported_with_its_reason():
+    report = check_contract(_Refusing(), [CASES[0]], dtypes=[torch.float32])
+    assert report.checked == 0
+    assert report.refused["full float32"] == ("not today",)
+    assert "not today" in str(report)
+
+
+def test_a_plan_that_is_wrong_is_noticed(monkeypatch):
+    monkeypatch.setattr(DensePlan, "expand", lambda self, problem: torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ContractViolation, match="law 7"):
+        check_case(DenseBackend(), CASES[0], torch.float32, "cpu", ContractReport())
+
+
+def test_cases_have_unique_names_and_hold_every_pattern():
+    names = [c.name for c in CASES]
+    assert len(set(names)) == len(names)
+    assert set(PATTERNS) <= set(names)
