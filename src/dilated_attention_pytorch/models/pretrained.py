@@ -122,8 +122,11 @@ def read_config(path: Path, config_class: type[TransformerConfig]) -> Transforme
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """``path`` holds what ``write`` wrote, wholly or not at all: written beside it, synced, renamed."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside.touch()
+    mode = aside.stat().st_mode  # that of any new file; safetensors' own files are for their owner only
     try:
         write(aside)
+        aside.chmod(mode)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
