@@ -203,6 +203,7 @@ class _Pair(Pattern):
         return f"({self.left.text(first_table)} {sign} {self.right.text(first_table + len(self.left.tables))})"
 
 
+@dataclass(frozen=True)
 class And(_Pair):
     """The product of two patterns: ``a & b``."""
 
@@ -220,6 +221,7 @@ class And(_Pair):
         return self._joined("&", first_table)
 
 
+@dataclass(frozen=True)
 class Sum(_Pair):
     """The sum of two patterns, counts added: ``a + b``."""
 
@@ -237,6 +239,8 @@ class Sum(_Pair):
 def pattern_from_text(text: str, tables: Sequence[Tensor]) -> Pattern:
     """The pattern that `Pattern.text` and `Pattern.tables` describe. Reads a small grammar; evaluates nothing.
 
+    Raises InvalidInput for any other text.
+
     Example:
         >>> pattern_from_text("(Dilated(segment_length=8, dilation_rate=2) & Causal())", []).text()
         "(Dilated(segment_length=8, dilation_rate=2, head_offset='modulo', heads=None) & Causal())"
@@ -247,8 +251,10 @@ def pattern_from_text(text: str, tables: Sequence[Tensor]) -> Pattern:
             kind = Sum if isinstance(node.op, ast.Add) else And
             return kind(build(node.left), build(node.right))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in Pattern.kinds:
-            return Pattern.kinds[node.func.id](**{str(word.arg): value(word.value) for word in node.keywords})
-        raise InvalidInput(f"pattern: cannot read {ast.unparse(node)!r} in {text!r}; expected Pattern.text().")
+            words = {word.arg: value(word.value) for word in node.keywords if word.arg is not None}
+            if not node.args and len(words) == len(node.keywords):
+                return Pattern.kinds[node.func.id](**words)
+        raise ValueError(f"unexpected {ast.unparse(node)!r}")
 
     def value(node: ast.expr) -> object:
         if isinstance(node, ast.Call | ast.BinOp):
@@ -257,4 +263,7 @@ def pattern_from_text(text: str, tables: Sequence[Tensor]) -> Pattern:
             return tables[int(node.id[1:])]
         return ast.literal_eval(node)
 
-    return build(ast.parse(text, mode="eval").body)
+    try:
+        return build(ast.parse(text, mode="eval").body)
+    except (SyntaxError, TypeError, IndexError, ValueError) as error:
+        raise InvalidInput(f"pattern: expected Pattern.text(). Got {text!r}: {error}.") from error
