@@ -169,6 +169,7 @@ def cached(**options):
     ("run", "word"),
     [
         (lambda: language_model()(tokens()[0]), r"tokens\[None\]"),
+        (lambda: language_model()([[1, 2]]), "tensor"),
         (lambda: language_model()(tokens().float()), "int64"),
         (lambda: language_model()(tokens().byte()), r"\.long\(\)"),
         (lambda: language_model()(tokens() + 1), "from 0 to 16"),

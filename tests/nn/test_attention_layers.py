@@ -404,6 +404,7 @@ def cached(**options):
     [
         (lambda: layer()(rows()[0]), r"x\[None\]"),
         (lambda: layer()(rows()[..., :8]), "embed_dim = 32"),
+        (lambda: layer()([1.0]), "Got list"),
         (call(key=rows()[..., :8]), "key of shape"),
         (call(position_ids=torch.arange(50)), "no use for position_ids"),
         (lambda: layer(position="rotary")(rows(), rows(seed=2), position_ids=torch.arange(50)), "self-attention"),

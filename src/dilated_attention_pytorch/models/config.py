@@ -28,7 +28,7 @@ class TransformerConfig:
     """What all models share; the defaults are the base model of LongNet (arXiv 2307.02486, section 4.1).
 
     ``segment_lengths`` are tokens. ``dropout`` acts on residual branches, ``attention_dropout`` on attention weights
-    (on the CPU by the slow ``dense`` backend). ``position``: "rotary", "xpos" (causal models only make sense), "alibi"
+    (on the CPU by the slow ``dense`` backend). ``position``: "rotary", "xpos" (for causal models), "alibi"
     (slow) or "none". ``checkpoint_activations`` trades time for memory in training.
 
     Raises InvalidInput, which names the field, unless every value is legal and they fit together.

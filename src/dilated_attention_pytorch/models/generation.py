@@ -30,7 +30,11 @@ def generate_tokens(
     stream: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """What `LongNetLM.generate` says; the model's training mode is as before when it returns or raises."""
-    _check_numbers(max_new_tokens, temperature, top_k, top_p)
+    _check_numbers(max_new_tokens, temperature, top_k, top_p, seed)
+    if not isinstance(prompt, Tensor):
+        raise InvalidInput(
+            f"expected the prompt to be a tensor of tokens. Got {type(prompt).__name__}; torch.tensor it."
+        )
     if prompt.dim() not in (1, 2) or prompt.shape[-1] == 0 or prompt.shape[0] == 0:
         raise InvalidInput(
             f"expected a prompt of shape (N,) or (B, N) with at least one token. Got {tuple(prompt.shape)}."
@@ -95,7 +99,9 @@ def _keep(logits: Tensor, ranks: Tensor) -> Tensor:
     return logits.masked_fill(~keep, -torch.inf)
 
 
-def _check_numbers(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_numbers(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
+) -> None:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise InvalidInput(f"expected max_new_tokens to be an int of at least 0. Got {max_new_tokens!r}.")
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -104,6 +110,8 @@ def _check_numbers(max_new_tokens: int, temperature: float, top_k: int | None, t
         raise InvalidInput(f"expected top_k to be an int of at least 1, or None. Got {top_k!r}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise InvalidInput(f"expected top_p in (0, 1], or None. Got {top_p}.")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63):
+        raise InvalidInput(f"expected seed to be an int from 0 to 2^63 - 1, or None. Got {seed!r}.")
 
 
 def _stop_list(stop: int | Iterable[int] | None, num_tokens: int) -> list[int]:

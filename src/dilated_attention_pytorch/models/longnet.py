@@ -211,6 +211,8 @@ class LongNetLM(PretrainedModel):
         )
 
     def _check_tokens(self, tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor):
+            raise InvalidInput(f"expected tokens to be a tensor. Got {type(tokens).__name__}; torch.tensor it.")
         if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
             raise InvalidInput(
                 f"expected tokens of shape (B, N), int64 or int32. Got {tuple(tokens.shape)}, {tokens.dtype}; "

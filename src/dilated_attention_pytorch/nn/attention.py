@@ -122,7 +122,7 @@ class MultiheadDilatedAttention(nn.Module):
     puts MAGNETO's sub-LayerNorm before the output projection; value and output projections start Xavier-normal with
     gain ``gamma_init``, query and key with gain 1, biases 0 (arXiv 2210.06423, figure 2). ``dropout`` is attention
     dropout. ``num_kv_heads`` below ``num_heads`` shares keys and values among groups of heads. ``position`` is "none",
-    "rotary", "xpos" (causal attention only makes sense) or "alibi"; "alibi", masks and dropout run on the slow
+    "rotary", "xpos" (for causal attention) or "alibi"; "alibi", masks and dropout run on the slow
     ``dense`` backend.
 
     Raises InvalidInput for sizes that do not divide, or options that do not go together.
@@ -307,9 +307,10 @@ class MultiheadDilatedAttention(nn.Module):
 
     def _check_rows(self, **tensors: Tensor) -> None:
         for name, x in tensors.items():
-            if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+            if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.embed_dim:
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise InvalidInput(
-                    f"expected {name} of shape (B, N, embed_dim = {self.embed_dim}). Got {tuple(x.shape)}; "
+                    f"expected {name} of shape (B, N, embed_dim = {self.embed_dim}). Got {got}; "
                     "a single sample needs a batch dim: x[None]."
                 )
 
