@@ -6,6 +6,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
+from dilated_attention_pytorch.cli.bench import bench
 from dilated_attention_pytorch.cli.console import err, show_log
 from dilated_attention_pytorch.cli.evaluate import evaluate
 from dilated_attention_pytorch.cli.explain import explain
@@ -51,5 +52,5 @@ def options(
     show_log(log_level)
 
 
-for command in (train, evaluate, generate, info, explain):
+for command in (train, evaluate, generate, info, explain, bench):
     app.command()(command)

@@ -1,0 +1,38 @@
+"""The shapes that the attention benchmarks are measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: N tokens, H heads of head dim D, and LongNet's branches. Batch 1."""
+
+    name: str
+    tokens: int
+    heads: int
+    head_dim: int
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that the branches count, over all heads (every length here is a multiple)."""
+        return sum(self.heads * self.tokens * (w // r) // r for w, r in zip(self.segment_lengths, self.dilation_rates))
+
+    def flops(self, with_backward: bool = False) -> float:
+        """Useful floating point operations: ``4 D`` for each pair, and 2.5 times as many backward."""
+        return 4.0 * self.head_dim * self.pairs * (3.5 if with_backward else 1.0)
+
+    def describe(self) -> str:
+        """The shape in one line."""
+        w, r = (" ".join(map(str, x)) for x in (self.segment_lengths, self.dilation_rates))
+        return f"N {self.tokens}, H {self.heads}, D {self.head_dim}, w {w}, r {r}"
+
+
+CASES = (
+    Case("A", 16384, 12, 64, (2048, 4096, 8192), (1, 2, 4)),
+    Case("B", 65536, 4, 32, (256, 512, 1024), (1, 2, 4)),
+    Case("C", 32768, 16, 48, (1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8, 16)),
+)
