@@ -130,7 +130,7 @@ def _train(run: Run) -> None:
     out.print(Text.assemble(("      ", "dim"), f"{text['held_out_bytes']:,} bytes held out"))
     out.print(Text.assemble(("model ", "dim"), f"{parameters:,} parameters, on {run.record['device']}"))
     done = len(run.read_metrics())
-    with StopRequest() as request, training_progress(out, run.settings.steps, done) as on_step:
+    with StopRequest() as request, training_progress(out, run.settings, done) as on_step:
         steps = train_model(model, run, on_step, lambda: request.signal != 0)
     if steps < run.settings.steps:
         again = f"dilated-attention train --resume {run.path}"

@@ -54,7 +54,7 @@ def _figure(path: Path, title: str, x_label: str, y_label: str) -> Iterator[Axes
     axes.grid(axis="y", color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)
     yield axes
-    figure.savefig(path, facecolor="white")
+    figure.savefig(path, format="png", facecolor="white")
 
 
 def line_figure(

@@ -8,6 +8,7 @@ from dilated_attention_pytorch.reports.figures import Curve, line_figure
 from dilated_attention_pytorch.reports.page import Facts, Heading, Listing, Paragraph, Part, Picture, page
 from dilated_attention_pytorch.reports.tables import Table
 from dilated_attention_pytorch.training.evaluate import Evaluation
+from dilated_attention_pytorch.training.settings import TrainingSettings
 
 
 def context_table(evaluation: Evaluation) -> Table:
@@ -63,7 +64,7 @@ def training_page(
 ) -> str:
     """The page of a run: `folder` holds its figures; `continuation` is the given text and what the model wrote."""
     first, best = evaluation.rows[0], evaluation.best
-    settings, text = record["settings"], record["text"]
+    settings, text = TrainingSettings.from_dict(record["settings"]), record["text"]
     given, written = continuation
     seconds = metrics[-1]["seconds"]
     facts = Facts(
@@ -71,8 +72,8 @@ def training_page(
             (f"{best.bits_per_byte:.3f}", f"bits per byte after {best.context:,} bytes of context"),
             (f"{first.bits_per_byte:.3f}", f"bits per byte after {first.context:,}"),
             (f"{parameters:,}", "parameters"),
-            (f"{seconds / 60:.1f} min", f"training, {settings['steps']:,} steps"),
-            (f"{settings['steps'] * settings['batch_size'] * settings['window'] / seconds:,.0f}", "bytes per second"),
+            (f"{seconds / 60:.1f} min", f"training, {settings.steps:,} steps"),
+            (f"{settings.tokens_until(settings.steps) / seconds:,.0f}", "bytes per second"),
         ]
     )
     parts: list[Part] = [
@@ -90,7 +91,7 @@ def training_page(
         Paragraph("Held-out text in grey, then what the model wrote, byte by byte."),
         Listing(written, given),
         Heading("How this was made"),
-        _dictionary("Settings", settings),
+        _dictionary("Settings", record["settings"]),
         _dictionary("Model", record["model"]),
         _dictionary(
             "Machine and versions", {"device": record["device"], "started": record["started"], **record["versions"]}

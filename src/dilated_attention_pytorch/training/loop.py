@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from dilated_attention_pytorch.training.data import Windows
+from dilated_attention_pytorch.training.data import Bytes, Windows
 from dilated_attention_pytorch.training.run import Run
 from dilated_attention_pytorch.training.settings import TrainingSettings, learning_rate_at
 
@@ -85,6 +85,14 @@ def train(
         return _steps(model, optimizer, run, progress, on_step, stop_requested)
 
 
+def batch_at(step: int, run: Run) -> Bytes:
+    """The windows of `step` (from 0), (batch_size, window + 1): a pure function of it, so resume is exact."""
+    settings = run.settings
+    first = step if step < settings.short_steps else step - settings.short_steps
+    windows = Windows(run.corpus.train, settings.window_at(step), settings.seed)
+    return windows.batch(first * settings.batch_size, settings.batch_size)
+
+
 def _steps(
     model: torch.nn.Module,
     optimizer: torch.optim.AdamW,
@@ -94,13 +102,12 @@ def _steps(
     stop_requested: Callable[[], bool],
 ) -> int:
     settings = run.settings
-    windows = Windows(run.corpus.train, settings.window, settings.seed)
     step, seconds = progress.step, progress.seconds
     saved = step
     with run.metrics.open("a") as metrics:
         while step < settings.steps and not stop_requested():
             began = time.perf_counter()
-            batch = torch.from_numpy(windows.batch(step * settings.batch_size, settings.batch_size)).long()
+            batch = torch.from_numpy(batch_at(step, run)).long()
             rate = learning_rate_at(step, settings)
             bits, norm = _update(model, optimizer, batch.to(next(model.parameters()).device), rate, settings)
             if not math.isfinite(bits) or not math.isfinite(norm):
@@ -111,7 +118,7 @@ def _steps(
             step += 1
             spent = time.perf_counter() - began
             seconds += spent
-            speed = settings.batch_size * settings.window / spent
+            speed = settings.batch_size * settings.window_at(step - 1) / spent
             line = Step(step, bits, rate, norm, speed, seconds)
             metrics.write(json.dumps(dataclasses.asdict(line)) + "\n")
             metrics.flush()

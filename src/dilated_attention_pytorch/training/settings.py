@@ -10,10 +10,12 @@ from dilated_attention_pytorch.errors import InvalidInput
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The settings of one run. `window` is in bytes, rates are per step, `final_rate` is a share of `learning_rate`.
+    """The settings of one run. Windows are in bytes, rates are per step, `final_rate` a share of `learning_rate`.
 
-    `checkpoint_every` counts steps. `threads` is the number of CPU threads that the run was started with: results are
-    equal to the last bit only with the same number. Raises InvalidInput for values that cannot work.
+    The first `short_steps` steps read windows of `short_window` bytes, the others of `window`: small steps learn most
+    of the language soonest, long windows then teach the use of long contexts. `checkpoint_every` counts steps.
+    `threads` is the number of CPU threads that the run was started with: results are equal to the last bit only with
+    the same number. Raises InvalidInput for values that cannot work.
 
     >>> TrainingSettings(steps=0)
     Traceback (most recent call last):
@@ -22,6 +24,8 @@ class TrainingSettings:
 
     steps: int = 400
     window: int = 8192
+    short_window: int = 1024
+    short_steps: int = 0
     batch_size: int = 1
     learning_rate: float = 3e-3
     warmup_steps: int = 20
@@ -36,9 +40,9 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name in ("steps", "window", "batch_size", "threads", "checkpoint_every"):
+        for name in ("steps", "window", "short_window", "batch_size", "threads", "checkpoint_every"):
             self._integer(name, 1)
-        for name in ("seed", "warmup_steps"):
+        for name in ("seed", "warmup_steps", "short_steps"):
             self._integer(name, 0)
         if self.seed >= 2**32:
             raise InvalidInput(f"seed must be below 2**32, got {self.seed}")
@@ -56,6 +60,19 @@ class TrainingSettings:
             raise InvalidInput(f"autocast must be 'none' or 'bf16', got {self.autocast!r}")
         if self.device not in ("cpu", "cuda"):
             raise InvalidInput(f"device must be 'cpu' or 'cuda', got {self.device!r}")
+
+    def window_at(self, step: int) -> int:
+        """The window of `step` (from 0), in bytes."""
+        return self.short_window if step < self.short_steps else self.window
+
+    def tokens_until(self, step: int) -> int:
+        """Bytes that the first `step` steps read.
+
+        >>> TrainingSettings(window=100, short_window=10, short_steps=5, batch_size=2).tokens_until(7)
+        500
+        """
+        short = min(step, self.short_steps)
+        return self.batch_size * (short * self.short_window + (step - short) * self.window)
 
     def _integer(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -1,0 +1,44 @@
+"""A small text and runs on it."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from byte_reader import SETTINGS, Reader
+
+from dilated_attention_pytorch.training.run import Run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def reader() -> Callable[[], Reader]:
+    def build() -> Reader:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return Reader()
+
+    return build
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    words = np.array(["alpha", "beta", "gamma", "delta", "epsilon"])
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(np.random.RandomState(1).choice(words, 4000)))
+    return file
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, text: Path) -> Callable[..., Run]:
+    def create(name: str, **changes: object) -> Run:
+        settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
+        return Run.create(tmp_path / name, settings, {"kind": "reader"}, text)
+
+    return create
