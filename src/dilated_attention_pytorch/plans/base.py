@@ -34,7 +34,13 @@ class Plan(ABC):
 
 @dataclass(frozen=True, eq=False)
 class DensePlan(Plan):
-    """Every query against every key, with the logarithm of the count added to the logit."""
+    """Every query against every key, with the logarithm of the count added to the logit.
+
+    ``log_counts`` (B or 1, H, Nq, Nk), in the accumulate dtype, is there for short problems; otherwise backends make it
+    block by block.
+    """
+
+    log_counts: Tensor | None = None
 
     def expand(self, problem: Problem) -> Tensor:
         device = problem.q.device

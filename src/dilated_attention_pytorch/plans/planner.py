@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
+
 from dilated_attention_pytorch.patterns import Branch, Documents, Pattern
-from dilated_attention_pytorch.plans.base import DensePlan, Plan
+from dilated_attention_pytorch.plans.base import DensePlan, Plan, block_counts
 from dilated_attention_pytorch.plans.pieces import Span, chunk_pieces
 from dilated_attention_pytorch.plans.strided import Chunk, HeadSlice, Piece, StridedPlan
-from dilated_attention_pytorch.problem import Problem
+from dilated_attention_pytorch.problem import Problem, positions_tensor
 
 CHUNK_ROWS = 8192
 """A chunk is the largest multiple of the segments' common multiple within this, or one common multiple (tokens)."""
@@ -27,7 +29,12 @@ class Interval(NamedTuple):
     key_end: int
 
 
-_CACHE_SIZE = 256
+MASKED_PAIRS = 1 << 17
+"""Up to so many (head, query, key) places a DensePlan holds its log-counts, to be used again."""
+CALL_PAIRS = 50_000
+"""What one call for one piece costs beside its arithmetic, in pairs of one kernel (about 0.1 ms on a CPU core)."""
+
+_CACHE_SIZE = 128
 _cache: OrderedDict[tuple[object, ...], tuple[Plan, ...]] = OrderedDict()
 _lock = threading.Lock()
 
@@ -45,6 +52,8 @@ def candidate_plans(pattern: Pattern, problem: Problem) -> tuple[Plan, ...]:
         ['StridedPlan', 'DensePlan']
     """
     key = (
+        str(problem.q.device),
+        problem.accumulate_dtype,
         pattern.text(),
         tuple(str(t.tolist()) for t in pattern.tables),
         (problem.batch, problem.num_heads),
@@ -56,13 +65,30 @@ def candidate_plans(pattern: Pattern, problem: Problem) -> tuple[Plan, ...]:
         if key in _cache:
             _cache.move_to_end(key)
             return _cache[key]
-    strided = strided_plan(pattern, problem)
-    plans: tuple[Plan, ...] = (DensePlan(pattern),) if strided is None else (strided, DensePlan(pattern))
+    strided, dense = strided_plan(pattern, problem), dense_plan(pattern, problem)
+    plans: tuple[Plan, ...] = (dense,)
+    if strided is not None:
+        calls = sum(len(chunk.pieces) for chunk in strided.chunks)
+        strided_cost = strided.issued_pairs(problem) + CALL_PAIRS * calls
+        short = dense.log_counts is not None and dense.issued_pairs(problem) < strided_cost
+        plans = (dense, strided) if short else (strided, dense)
     with _lock:
         _cache[key] = plans
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return plans
+
+
+def dense_plan(pattern: Pattern, problem: Problem) -> DensePlan:
+    """The dense plan, holding its log-counts when the problem is short."""
+    samples = 1 if problem.key_lengths is None else problem.batch
+    if samples * problem.num_heads * problem.query_length * problem.key_length > MASKED_PAIRS:
+        return DensePlan(pattern)
+    device = problem.q.device
+    head = torch.arange(problem.num_heads, device=device)
+    q, k = (positions_tensor(runs, device) for runs in (problem.query_positions, problem.key_positions))
+    counts = block_counts(pattern, problem, head, q, k)
+    return DensePlan(pattern, counts.to(problem.accumulate_dtype).log())
 
 
 def strided_plan(pattern: Pattern, problem: Problem) -> StridedPlan | None:

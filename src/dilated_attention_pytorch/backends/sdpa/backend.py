@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dilated_attention_pytorch.backends.base import Backend, Gradients
 from dilated_attention_pytorch.backends.sdpa.kernels import Kernel, choose_kernel
+from dilated_attention_pytorch.backends.sdpa.masked import masked_backward, masked_forward
 from dilated_attention_pytorch.memory import Workspace, empty
 from dilated_attention_pytorch.merging import merge_into
-from dilated_attention_pytorch.plans import Plan, StridedPlan
+from dilated_attention_pytorch.plans import DensePlan, Plan, StridedPlan
 from dilated_attention_pytorch.plans.strided import Chunk, Piece, Rows
 from dilated_attention_pytorch.problem import Problem
 
@@ -20,31 +21,37 @@ PACKED_ROWS = 16384
 
 
 class SdpaBackend(Backend):
-    """PyTorch's own fused kernels, one call per piece of a StridedPlan."""
+    """PyTorch's own fused kernels: one call per piece of a StridedPlan, or one masked call for a short DensePlan."""
 
     name = "sdpa"
-    plans = (StridedPlan,)
+    plans = (StridedPlan, DensePlan)
 
     def reasons_against(self, problem: Problem, plan: Plan) -> list[str]:
         reasons = []
         if problem.dropout_p > 0:
             reasons.append("the fused kernels' dropout is not ours (one draw per pair); use backend='dense'")
         if problem.bias is not None:
-            reasons.append("a bias does not follow strided pieces; use backend='dense'")
+            reasons.append("the fused kernels give no gradient of a bias; use backend='dense'")
         if problem.score is not None:
             reasons.append("the fused kernels have no score rules; use backend='dense'")
         if problem.v.shape[3] != problem.q.shape[3]:
             reasons.append(f"Dv ({problem.v.shape[3]}) must equal D ({problem.q.shape[3]}); use backend='dense'")
-        if isinstance(plan, StridedPlan):
-            kernel = _kernel(problem, plan)
-            if isinstance(kernel, str):
-                reasons.append(kernel)
+        if problem.scale <= 0:
+            reasons.append(f"the fused kernels mask before they scale and need a scale above 0 ({problem.scale})")
+        if isinstance(plan, DensePlan) and plan.log_counts is None:
+            reasons.append("no closed form, and too long for one masked call; use backend='dense'")
+        kernel = _kernel(problem, plan)
+        if isinstance(kernel, str):
+            reasons.append(kernel)
         return reasons
 
     def forward(self, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
-        assert isinstance(plan, StridedPlan)
         p, kernel = problem, _kernel(problem, plan)
         assert isinstance(kernel, Kernel)
+        if isinstance(plan, DensePlan):
+            assert plan.log_counts is not None
+            return masked_forward(p, plan.log_counts, kernel, _work_dtype(p))
+        assert isinstance(plan, StridedPlan)
         out = empty(p.q.shape, p.q.dtype, p.q.device)
         lse = empty((p.batch, p.num_heads, p.query_length), p.accumulate_dtype, p.q.device)
         work, masks = Workspace(_work_dtype(p), p.q.device), _Masks(_work_dtype(p), p.q.device)
@@ -57,9 +64,12 @@ class SdpaBackend(Backend):
     def backward(
         self, problem: Problem, plan: Plan, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
-        assert isinstance(plan, StridedPlan)
         p, kernel = problem, _kernel(problem, plan)
         assert isinstance(kernel, Kernel)
+        if isinstance(plan, DensePlan):
+            assert plan.log_counts is not None
+            return masked_backward(p, plan.log_counts, kernel, _work_dtype(p), dout, dlse, out, lse)
+        assert isinstance(plan, StridedPlan)
         dq = empty(p.q.shape, p.q.dtype, p.q.device)
         shared = p.kv_group > 1  # several query heads add to one kv head: sum in the accumulate dtype
         kv_dtype = p.accumulate_dtype if shared else p.k.dtype
@@ -108,9 +118,11 @@ class _Masks:
         return self._known[key]
 
 
-def _kernel(problem: Problem, plan: StridedPlan) -> Kernel | str:
+def _kernel(problem: Problem, plan: Plan) -> Kernel | str:
     device = problem.q.device
-    has_masks = any(piece.band is not None for chunk in plan.chunks for piece in chunk.pieces)
+    has_masks = not isinstance(plan, StridedPlan) or any(
+        piece.band is not None for chunk in plan.chunks for piece in chunk.pieces
+    )
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     kind = "cpu" if device.type == "meta" else device.type
     return choose_kernel(kind, problem.q.dtype, problem.q.shape[3], has_masks, capability)
