@@ -128,13 +128,30 @@ def test_memory_padding_is_not_seen():
     close(layer(x, memory, memory_key_padding_mask=padding)[1], layer(x[1:], memory[1:, :11])[0])
 
 
-def test_residual_dropout_acts_in_training_only():
-    layer, x = encoder_layer(dropout=0.5), rows()
-    plain = encoder_layer()
-    close(layer.eval()(x), plain(x))
-    torch.manual_seed(0)
-    kept = (layer.train()(x) - plain(x)).abs()
-    assert kept.max() > 0.1
+@pytest.mark.parametrize(
+    ("layer", "others", "inputs"),
+    [
+        (encoder_layer(dropout=0.5), [], [rows()]),
+        (decoder_layer(dropout=0.5), ["cross_attn"], [rows(), rows(30, seed=2)]),
+        (decoder_layer(dropout=0.5), ["self_attn"], [rows(), rows(30, seed=2)]),
+    ],
+    ids=["encoder", "decoder", "decoder's cross-attention"],
+)
+def test_residual_dropout_drops_what_attention_adds_in_training_only(layer, others, inputs):
+    for silent in (layer.feed_forward.linear2, *(layer.get_submodule(name).out_proj for name in others)):
+        nn.init.zeros_(silent.weight)
+    added, dropped = (layer.train(mode)(*inputs) - inputs[0] for mode in (False, True))
+    zeros = dropped.abs() < 1e-12
+    assert 0.4 < zeros.double().mean() < 0.6
+    close(dropped[~zeros], 2 * added[~zeros])
+
+
+def test_feed_forward_drops_inside_and_outside_in_training_only():
+    ff, x = FeedForward(32, 64, 0.5, dtype=torch.float64), rows()
+    plain, dropped = ff.eval()(x), ff.train()(x)
+    zeros = dropped == 0
+    assert 0.4 < zeros.double().mean() < 0.6
+    assert (dropped - 2 * plain)[~zeros].abs().mean() > 0.1  # the inner one moved what is left
 
 
 def stack(**options):
