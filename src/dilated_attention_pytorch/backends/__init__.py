@@ -32,7 +32,7 @@ def reasons(backend: Backend, problem: Problem, plans: tuple[Plan, ...]) -> tupl
             found = backend.reasons_against(problem, plan)
             if not found:
                 return plan, []
-            against.extend(found)
+            against.extend(reason for reason in found if reason not in against)
     if not any(isinstance(plan, backend.plans) for plan in plans):
         kinds = " or ".join(kind.__name__ for kind in backend.plans)
         against.append(f"this pattern gives no {kinds}: it has no closed form on these positions")

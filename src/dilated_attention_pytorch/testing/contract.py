@@ -17,7 +17,7 @@ from dilated_attention_pytorch.backends import Backend, Gradients, reasons
 from dilated_attention_pytorch.memory import fill_with_nan
 from dilated_attention_pytorch.merging import merge
 from dilated_attention_pytorch.patterns import Causal, Documents, Pattern, Window, longnet
-from dilated_attention_pytorch.plans import Plan, StridedPlan, candidate_plans
+from dilated_attention_pytorch.plans import DensePlan, Plan, StridedPlan, candidate_plans
 from dilated_attention_pytorch.problem import Problem, Run, positions_tensor
 from dilated_attention_pytorch.testing.cases import CASES, Case
 from dilated_attention_pytorch.testing.truth import Result, plain, truth
@@ -89,10 +89,17 @@ def check_case(
     check_values(backend, problem, case.pattern, name)
     report.checked += 1
     if dtype == torch.float32:  # what these laws add to law 1 does not depend on the dtype
-        check_cuts(backend, problem, case.pattern, name)
-        check_causal(backend, problem, case.pattern, name)
-        check_padded_alone(backend, problem, case.pattern, name)
-        report.checked += 3
+        for kind in backend.plans:
+            check_cuts(backend, problem, case.pattern, kind, name)
+            check_causal(backend, problem, case.pattern, kind, name)
+            check_padded_alone(backend, problem, case.pattern, kind, name)
+            report.checked += 3
+
+
+def plan_of(backend: Backend, problem: Problem, pattern: Pattern, kind: type[Plan] = Plan) -> Plan | None:
+    """The first plan of this kind that the backend does not refuse, or None."""
+    plans = tuple(plan for plan in candidate_plans(pattern, problem) if isinstance(plan, kind))
+    return reasons(backend, problem, plans)[0]
 
 
 def check_plans(problem: Problem, pattern: Pattern, name: str) -> None:
@@ -100,6 +107,10 @@ def check_plans(problem: Problem, pattern: Pattern, name: str) -> None:
     for plan in candidate_plans(pattern, problem):
         expected = counts(problem, pattern)
         found = plan.expand(problem)
+        if isinstance(plan, DensePlan) and plan.log_counts is not None:
+            held = plan.log_counts.exp().round().long().expand_as(found)
+            if not torch.equal(held, expected):
+                raise ContractViolation(f"law 7, {name}: the log-counts that DensePlan holds are not the pattern's")
         if found.shape != expected.shape or not torch.equal(found, expected):
             raise ContractViolation(f"law 7, {name}: {type(plan).__name__} does not expand to the pattern's counts")
         if isinstance(plan, StridedPlan) and plan.issued_pairs(problem) != int(expected.sum()):
@@ -133,6 +144,7 @@ def check_values(backend: Backend, problem: Problem, pattern: Pattern, name: str
         found = run(backend, problem, plan, dout, dlse)
         if not all(torch.equal(x, y) for x, y in zip(inputs, before)):
             raise ContractViolation(f"law 6, {name}: an input was written to")
+        _check_layout(name, found)
         _compare("law 1", name, problem, found, expected, dout, limits)
         _check_unseen(name, problem, found, expected, counts(problem, pattern))
         without = run(backend, problem, plan, dout, None)
@@ -221,7 +233,7 @@ def part_of(problem: Problem, rows: slice, columns: slice) -> Problem:
     )
 
 
-def check_cuts(backend: Backend, problem: Problem, pattern: Pattern, name: str) -> None:
+def check_cuts(backend: Backend, problem: Problem, pattern: Pattern, kind: type[Plan], name: str) -> None:
     """Law 4: keys and queries cut anywhere, run apart and merged, are the whole; so are gradients, given global lse."""
     nq, nk = problem.query_length, problem.key_length
     number = zlib.crc32(name.encode())  # different cuts for different cases, the same in every run
@@ -235,7 +247,7 @@ def check_cuts(backend: Backend, problem: Problem, pattern: Pattern, name: str) 
     dout, dlse = cotangents(problem)
     expected = truth(problem, pattern, dout, dlse)
     for rows, columns in layouts:
-        found = _run_parts(backend, problem, pattern, rows, columns, dout, dlse)
+        found = _run_parts(backend, problem, pattern, kind, rows, columns, dout, dlse)
         if found is not None:
             _compare("law 4", f"{name}, queries {rows}, keys {columns}", problem, found, expected, dout)
 
@@ -244,6 +256,7 @@ def _run_parts(
     backend: Backend,
     problem: Problem,
     pattern: Pattern,
+    kind: type[Plan],
     rows: list[slice],
     columns: list[slice],
     dout: Tensor,
@@ -252,15 +265,15 @@ def _run_parts(
     """The whole result from the parts, or None when the backend refuses one of them."""
     p = problem
     parts = [[part_of(p, row, column) for column in columns] for row in rows]
-    plans = [[reasons(backend, x, candidate_plans(pattern, x))[0] for x in line] for line in parts]
+    plans = [[plan_of(backend, x, pattern, kind) for x in line] for line in parts]
     out, lse = torch.zeros_like(dout), torch.zeros_like(dlse)
     grads = [torch.zeros_like(x) for x in (p.q, p.k, p.v)]
     dbias = None if p.bias is None else p.bias.new_zeros((p.batch, p.num_heads, p.query_length, p.key_length))
     with fill_with_nan(), torch.no_grad():
         for row, line, line_plans in zip(rows, parts, plans):
-            results = [backend.forward(x, plan) for x, plan in zip(line, line_plans) if plan is not None]
-            if len(results) < len(line):
+            if None in line_plans:
                 return None
+            results = [backend.forward(x, plan) for x, plan in zip(line, line_plans) if plan is not None]
             out[:, row], lse[:, :, row] = merge(*results)
         for row, line, line_plans in zip(rows, parts, plans):
             for column, x, plan in zip(columns, line, line_plans):
@@ -284,14 +297,15 @@ def _add_bias(whole: Tensor, share: Tensor, row: slice, column: slice) -> None:
     whole[:b, :h, row, column][:, :, :n, :m] += share
 
 
-def check_causal(backend: Backend, problem: Problem, pattern: Pattern, name: str) -> None:
+def check_causal(backend: Backend, problem: Problem, pattern: Pattern, kind: type[Plan], name: str) -> None:
     """Law 5: where no query sees a later key, changing tokens after a position leaves rows up to it bit-identical."""
     q, k = positions_tensor(problem.query_positions), positions_tensor(problem.key_positions)
     q, k = q.to(problem.q.device), k.to(problem.q.device)
     if bool((counts(problem, pattern) * (k > q.view(-1, 1))).any()):
         return
-    plan, _ = reasons(backend, problem, candidate_plans(pattern, problem))
-    assert plan is not None
+    plan = plan_of(backend, problem, pattern, kind)
+    if plan is None:
+        return
     problem = replace(problem, q=problem.q.contiguous(), k=problem.k.contiguous(), v=problem.v.contiguous())
     with torch.no_grad():
         out, lse = backend.forward(problem, plan)
@@ -311,13 +325,14 @@ def check_causal(backend: Backend, problem: Problem, pattern: Pattern, name: str
                 raise ContractViolation(f"law 5, {name}: tokens after row {place} change rows up to it")
 
 
-def check_padded_alone(backend: Backend, problem: Problem, pattern: Pattern, name: str) -> None:
+def check_padded_alone(backend: Backend, problem: Problem, pattern: Pattern, kind: type[Plan], name: str) -> None:
     """Law 5: a right-padded sample in a batch equals the sample alone."""
     if problem.key_lengths is None or problem.bias is not None or pattern.tables or problem.dropout_p > 0:
         return
     dout, dlse = cotangents(problem)
-    plan, _ = reasons(backend, problem, candidate_plans(pattern, problem))
-    assert plan is not None
+    plan = plan_of(backend, problem, pattern, kind)
+    if plan is None:
+        return
     found = run(backend, problem, plan, dout, dlse)
     for b, length in enumerate(problem.key_lengths):
         if length == 0:
@@ -340,23 +355,37 @@ def check_packed(backend: Backend, device: torch.device | str, report: ContractR
     for inner in (longnet([8, 16], [1, 2]), longnet([6, 10], [2, 3]) & Causal(), Window(4)):
         case = Case("packed", Documents(list(lengths)).of(inner), query_length=sum(lengths))
         problem = case.problem(torch.float32, device)
-        plan, against = reasons(backend, problem, candidate_plans(case.pattern, problem))
-        if plan is None:
-            report.refused[f"packed {inner.text()}"] = tuple(against)
-            continue
         dout, dlse = cotangents(problem)
-        found = run(backend, problem, plan, dout, dlse)
-        start = 0
-        for length in lengths:
-            rows = slice(start, start + length)
-            part = part_of(problem, rows, rows)
-            alone = replace(part, query_positions=(Run(0, 1, length),), key_positions=(Run(0, 1, length),))
-            expected = truth(alone, inner, dout[:, rows], dlse[..., rows])
-            grads = Gradients(*(x[:, rows] for x in found.grads[:3] if x is not None))
-            mine = Result(found.out[:, rows], found.lse[..., rows], grads)
-            _compare("law 5", f"document at {start} of {inner.text()}", alone, mine, expected, dout)
-            start += length
-        report.checked += 1
+        for kind in backend.plans:
+            plan, against = plan_of(backend, problem, case.pattern, kind), f"no {kind.__name__} for it"
+            if plan is None:
+                report.refused[f"packed {inner.text()}"] = (against,)
+                continue
+            found = run(backend, problem, plan, dout, dlse)
+            _compare_documents(lengths, inner, problem, found, dout, dlse)
+            report.checked += 1
+
+
+def _check_layout(name: str, found: Result) -> None:
+    """Results are contiguous, as the operators' fake kernels promise to compilers."""
+    for part, x in found.named().items():
+        if not x.is_contiguous():
+            raise ContractViolation(f"layout, {name}: {part} {tuple(x.shape)} is not contiguous: {x.stride()}")
+
+
+def _compare_documents(
+    lengths: Sequence[int], inner: Pattern, problem: Problem, found: Result, dout: Tensor, dlse: Tensor
+) -> None:
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        part = part_of(problem, rows, rows)
+        alone = replace(part, query_positions=(Run(0, 1, length),), key_positions=(Run(0, 1, length),))
+        expected = truth(alone, inner, dout[:, rows], dlse[..., rows])
+        grads = Gradients(*(x[:, rows] for x in found.grads[:3] if x is not None))
+        mine = Result(found.out[:, rows], found.lse[..., rows], grads)
+        _compare("law 5", f"document at {start} of {inner.text()}", alone, mine, expected, dout)
+        start += length
 
 
 def check_large_offsets(backend: Backend, device: torch.device | str, report: ContractReport) -> None:

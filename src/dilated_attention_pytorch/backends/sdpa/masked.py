@@ -17,7 +17,7 @@ def masked_forward(problem: Problem, log_counts: Tensor, kernel: Kernel, dtype: 
     out, lse = kernel.forward(q, k, v, problem.scale, False, log_counts.to(dtype))
     unseen = _unseen(log_counts)
     out = out.masked_fill(unseen.unsqueeze(-1), 0).transpose(1, 2)
-    return out.to(problem.q.dtype), lse.masked_fill(unseen, -torch.inf).to(problem.accumulate_dtype)
+    return out.to(problem.q.dtype).contiguous(), lse.masked_fill(unseen, -torch.inf).contiguous()
 
 
 def masked_backward(
@@ -40,10 +40,11 @@ def masked_backward(
         result[..., -1] = -dlse.to(dtype)
     row_lse = lse.masked_fill(_unseen(log_counts), torch.inf)  # exp(logit - inf) is 0: no gradient
     grads = kernel.backward(grad, q, k, v, result, row_lse.contiguous(), p.scale, False, log_counts.to(dtype))
-    dq, dk, dv = (x[..., : p.q.shape[3]].transpose(1, 2) for x in grads)
+    dq, dk, dv = (x[..., : p.q.shape[3]].transpose(1, 2).contiguous() for x in grads)
     if p.kv_group > 1:
         dk, dv = (x.unflatten(2, (-1, p.kv_group)).sum(3) for x in (dk, dv))
-    return Gradients(dq.to(p.q.dtype), dk.to(p.k.dtype), dv.to(p.v.dtype))
+    dq, dk, dv = (x.to(p.q.dtype).contiguous() for x in (dq, dk, dv))  # the operator's fake kernel promises it
+    return Gradients(dq, dk, dv)
 
 
 def _heads_first(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

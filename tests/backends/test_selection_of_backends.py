@@ -1,0 +1,90 @@
+"""`auto` takes the first backend that can; a named one that cannot lists every reason."""
+
+import pytest
+import torch
+
+from dilated_attention_pytorch import Causal, InvalidInput, NoBackend, Softcap, longnet
+from dilated_attention_pytorch.backends import BACKENDS, DenseBackend, SdpaBackend, reasons, select
+from dilated_attention_pytorch.plans import DensePlan, StridedPlan, candidate_plans
+from dilated_attention_pytorch.problem import make_problem
+
+GRIDS = longnet([4], [2]) & longnet([6], [3])  # a product without closed form
+
+
+def problem_of(dv=8, **options):
+    q = torch.zeros(1, 6, 2, 8)
+    return make_problem(q, q, torch.zeros(1, 6, 2, dv), scale=1.0, query_start=0, **options)
+
+
+def chosen(problem, pattern=None, name="auto"):
+    pattern = Causal() if pattern is None else pattern
+    backend, plan = select(problem, candidate_plans(pattern, problem), name)
+    return backend.name, type(plan)
+
+
+def test_auto_takes_the_fast_one_when_it_can():
+    assert chosen(problem_of())[0] == "sdpa"
+    assert chosen(problem_of(), name="dense") == ("dense", DensePlan)
+
+
+def test_long_problems_take_the_strided_plan():
+    x = torch.zeros(1, 4096, 2, 8)
+    problem = make_problem(x, x, x, scale=1.0, query_start=0)
+    assert chosen(problem, longnet([256, 1024], [1, 4])) == ("sdpa", StridedPlan)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": torch.zeros(6)},
+        {"score": Softcap(1.0)},
+        {"dropout_p": 0.1, "seed": torch.tensor([1])},
+        {"dv": 4},
+    ],
+)
+def test_on_a_cpu_auto_never_refuses(options):
+    problem = problem_of(**options)
+    assert chosen(problem) == ("dense", DensePlan)
+    with pytest.raises(NoBackend, match=r"sdpa: .*use backend='dense'"):
+        chosen(problem, name="sdpa")
+
+
+def test_long_patterns_without_a_closed_form():
+    x = torch.zeros(1, 1024, 2, 8)
+    problem = make_problem(x, x, x, scale=1.0, query_start=0)
+    assert chosen(problem, GRIDS) == ("dense", DensePlan)
+    with pytest.raises(NoBackend, match="closed form"):
+        chosen(problem, GRIDS, "sdpa")
+
+
+def test_every_reason_is_given():
+    problem = problem_of(dv=4, bias=torch.zeros(6), score=Softcap(1.0), dropout_p=0.1)
+    plan, against = reasons(SdpaBackend(), problem, candidate_plans(Causal(), problem))
+    assert plan is None
+    assert len(against) == 4
+
+
+class _Absent(DenseBackend):
+    name = "absent"
+
+    def import_error(self):
+        return "No module named 'absent'"
+
+
+def test_an_import_error_is_a_reason():
+    plan, against = reasons(_Absent(), problem_of(), candidate_plans(Causal(), problem_of()))
+    assert plan is None
+    assert against == ["No module named 'absent'"]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InvalidInput, match="'auto', 'sdpa', 'dense'"):
+        chosen(problem_of(), name="cuda")
+
+
+def test_names_are_unique_and_reasons_are_pure():
+    assert len({b.name for b in BACKENDS}) == len(BACKENDS)
+    problem = problem_of()
+    for backend in BACKENDS:
+        for plan in candidate_plans(Causal(), problem):
+            assert backend.reasons_against(problem, plan) == backend.reasons_against(problem, plan)
