@@ -68,7 +68,7 @@ SPEED_COLUMNS = ("shape", "threads", "figure", "ratio", "goal")
 
 def speed_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the speed table: shape, threads, which ratio, median (lowest-highest), goal on one thread."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, measured in results["speed"].items():
         for figures in measured:
             place = (name, str(figures["threads"]))

@@ -159,12 +159,11 @@ def _pack(work: Workspace, name: str, rows: Tensor, extra: int = 0) -> Tensor:
     return packed
 
 
-def _view(packed: Tensor, rows: Rows, segments: int) -> Tensor:
+def _view(packed: Tensor, rows: Rows, segments: int, folds: bool) -> Tensor:
     """A piece's rows of packed (m, n, D) or (m, n): (m * segments, 1, length, D), or (m, segments, length, D)."""
     m, n = packed.shape[:2]
     inner, row = packed.stride()[2:], packed.stride(1)
     start = packed.storage_offset() + rows.start * row
-    folds = m == 1 or segments == 1 or n == segments * rows.stride
     if folds:
         stride = n * row if segments == 1 else rows.stride * row
         size, strides = (m * segments, 1, rows.length), (stride, stride, rows.step * row)
@@ -173,7 +172,14 @@ def _view(packed: Tensor, rows: Rows, segments: int) -> Tensor:
     return packed.as_strided(size + packed.shape[2:], strides + inner, start)
 
 
-def _covers(piece: Piece, rows: Rows, n: int, m: int) -> bool:
+def _folds(piece: Piece, m: int, num_queries: int, num_keys: int) -> bool:
+    """Samples and segments fold into one dim, of the queries and of the keys alike."""
+    s = piece.segments
+    whole = num_queries == s * piece.queries.stride and num_keys == s * piece.keys.stride
+    return m == 1 or s == 1 or whole
+
+
+def _covers(piece: Piece, rows: Rows, n: int) -> bool:
     """The piece's result has exactly the layout of packed (m, n, D), so it can be taken as it comes."""
     whole = rows.start == 0 and rows.step == 1 and piece.segments * rows.length == n
     return whole and (piece.segments == 1 or rows.stride == rows.length)
@@ -187,15 +193,16 @@ def _forward_block(block: _Block, p: Problem, kernel: Kernel, work: Workspace, m
     k, v = _pack(work, "k", block.key_rows(p.k)), _pack(work, "v", block.key_rows(p.v))
     out: Tensor | None = None
     for piece in chunk.pieces:
-        q_view = _view(q, piece.queries, piece.segments)
-        k_view, v_view = (_view(x, piece.keys, piece.segments) for x in (k, v))
+        folds = _folds(piece, b * h, n, k.shape[1])
+        q_view = _view(q, piece.queries, piece.segments, folds)
+        k_view, v_view = (_view(x, piece.keys, piece.segments, folds) for x in (k, v))
         part_out, part_lse = kernel.forward(q_view, k_view, v_view, p.scale, piece.is_causal, masks.of(piece))
-        if out is None and piece.fresh and _covers(piece, piece.queries, n, b * h):
-            out, lse = part_out.transpose(1, 2).reshape(b * h, n, d), part_lse.reshape(b * h, n)
+        if out is None and piece.fresh and _covers(piece, piece.queries, n):
+            out, lse = part_out.reshape(b * h, n, d), part_lse.reshape(b * h, n)
             continue
         if out is None:
             out, lse = _running(work, (b * h, n, d), chunk.complete)
-        rows_out, rows_lse = (_view(x, piece.queries, piece.segments) for x in (out, lse))
+        rows_out, rows_lse = (_view(x, piece.queries, piece.segments, folds) for x in (out, lse))
         if piece.fresh:
             rows_out.copy_(part_out)
             rows_lse.copy_(part_lse)
@@ -245,15 +252,16 @@ def _backward_block(
         packed["o"].view(b, h, n, d + 1)[..., d].copy_(block.lse_rows(dlse)).neg_()
     sums: list[Tensor] | None = None
     for piece in chunk.pieces:
+        folds = _folds(piece, m, n, nk)
         g, q, o, row_lse = (
-            _view(x, piece.queries, piece.segments) for x in (packed["g"], packed["q"], packed["o"], lse_packed)
+            _view(x, piece.queries, piece.segments, folds) for x in (packed["g"], packed["q"], packed["o"], lse_packed)
         )
-        k, v = (_view(packed[name], piece.keys, piece.segments) for name in ("k", "v"))
+        k, v = (_view(packed[name], piece.keys, piece.segments, folds) for name in ("k", "v"))
         grads = kernel.backward(g, q, k, v, o, row_lse, p.scale, piece.is_causal, masks.of(piece))
         sides = (piece.queries, piece.keys, piece.keys)
         lengths = (n, nk, nk)
-        if sums is None and all(_covers(piece, rows, size, m) for rows, size in zip(sides, lengths)):
-            sums = [x.transpose(1, 2).reshape(m, size, d + extra) for x, size in zip(grads, lengths)]
+        if sums is None and all(_covers(piece, rows, size) for rows, size in zip(sides, lengths)):
+            sums = [x.reshape(m, size, d + extra) for x, size in zip(grads, lengths)]
             continue
         if sums is None:
             complete = (chunk.complete, chunk.complete_keys, chunk.complete_keys)
@@ -263,7 +271,7 @@ def _backward_block(
                     x.zero_()
         fresh = (piece.fresh, piece.fresh_keys, piece.fresh_keys)
         for x, grad, rows, is_fresh in zip(sums, grads, sides, fresh):
-            target = _view(x, rows, piece.segments)
+            target = _view(x, rows, piece.segments, folds)
             target.copy_(grad) if is_fresh else target.add_(grad)
     if sums is None:
         sums = [work.take(f"d{i}", (m, size, d + extra)).zero_() for i, size in enumerate((n, nk, nk))]
