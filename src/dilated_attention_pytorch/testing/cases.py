@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from random import Random
 
 import torch
 from torch import Tensor
@@ -143,6 +144,8 @@ _SHAPES: dict[str, dict[str, object]] = {
     "queries_between": {"query_length": 9, "key_length": 41, "query_start": 13},
     "queries_past_keys": {"query_length": 30, "key_length": 11, "query_start": 4},
     "queries_beyond": {"query_length": 4, "key_length": 11, "query_start": 70},
+    "whole_query_segments": {"query_length": 16, "key_length": 29, "query_start": 0},
+    "whole_key_segments": {"query_length": 29, "key_length": 16, "query_start": 0},
     "decode": {"query_length": 1, "key_length": 39},
     "decode_padded": {"query_length": 1, "key_length": 39, "visible": (39, 12)},
     "grouped_heads": {"num_heads": 6, "kv_heads": 2},
@@ -198,3 +201,54 @@ CASES: tuple[Case, ...] = (
     *(_shaped(f"full-{name}", Full(), change) for name, change in _DENSE_ONLY.items()),
 )
 """Every case of the contract."""
+
+
+def random_case(random: Random, name: str = "random") -> Case:
+    """A small problem drawn from everything that the definition allows.
+
+    Example:
+        >>> random_case(Random(3)) == random_case(Random(3))
+        True
+    """
+    batch, keys, kv_heads = random.randint(1, 3), random.randint(1, 70), random.randint(1, 3)
+    pattern = random_pattern(random, keys)
+    queries = random.choice((keys, random.randint(1, keys), 1))
+    start = random.choice((None, random.randint(0, keys)))
+    visible = tuple(random.randint(0, keys) for _ in range(batch)) if random.random() < 0.3 else None
+    return Case(
+        name,
+        pattern,
+        batch=batch,
+        query_length=queries,
+        key_length=keys,
+        num_heads=kv_heads * random.randint(1, 3),
+        kv_heads=kv_heads,
+        head_dim=random.choice((1, 4, 8)),
+        query_start=start,
+        visible=visible,
+        layout=random.choice(LAYOUTS),
+        scale=random.choice((None, None, 0.3, -0.5)),
+    )
+
+
+def random_pattern(random: Random, length: int, depth: int = 2) -> Pattern:
+    """A pattern for sequences of about this length (tokens): LongNet's, a simple one, or a combination."""
+
+    def branches() -> Pattern:
+        count = random.randint(1, 3)
+        segments = [random.randint(1, max(1, length)) for _ in range(count)]
+        rates = [random.randint(1, 6) for _ in range(count)]
+        return longnet(segments, rates, head_offset=random.choice(("modulo", "torchscale")))
+
+    kind = random.choice(("longnet", "longnet", "causal", "simple") + ("and", "sum", "documents") * (depth > 0))
+    if kind == "longnet":
+        return branches()
+    if kind == "causal":
+        return branches() & Causal()
+    if kind == "simple":
+        return random.choice((Full(), Causal(), Window(random.randint(1, length + 1))))
+    left = random_pattern(random, length, depth - 1)
+    if kind == "documents":
+        return Documents([random.randint(0, length) for _ in range(random.randint(1, 4))]).of(left)
+    right = random_pattern(random, length, depth - 1)
+    return left & right if kind == "and" else left + right
