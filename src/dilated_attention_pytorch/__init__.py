@@ -1,4 +1,10 @@
-"""Long-context attention that is exact, on any device, at any length: LongNet's dilated attention and its relatives."""
+"""Long-context attention that is exact, on any device, at any length: LongNet's dilated attention and its relatives.
+
+Layers and models are imported when they are first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from dilated_attention_pytorch.attention import attend, longnet_attention
 from dilated_attention_pytorch.compat import TorchscaleCompat
@@ -9,15 +15,32 @@ from dilated_attention_pytorch.patterns import Causal, Dilated, Documents, Full,
 from dilated_attention_pytorch.reference import reference_attention
 from dilated_attention_pytorch.scores import Relative, Softcap
 
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.models import LongNet, LongNetEncoder, LongNetLM
+    from dilated_attention_pytorch.nn import DilatedAttention, MultiheadDilatedAttention
+
 __version__ = "0.3.0"
+
+_LATER = {
+    "DilatedAttention": "nn",
+    "MultiheadDilatedAttention": "nn",
+    "LongNet": "models",
+    "LongNetEncoder": "models",
+    "LongNetLM": "models",
+}
 
 __all__ = [
     "Causal",
     "Dilated",
+    "DilatedAttention",
     "Documents",
     "Explanation",
     "Full",
     "InvalidInput",
+    "LongNet",
+    "LongNetEncoder",
+    "LongNetLM",
+    "MultiheadDilatedAttention",
     "NoBackend",
     "Pattern",
     "Relative",
@@ -31,3 +54,13 @@ __all__ = [
     "merge",
     "reference_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
