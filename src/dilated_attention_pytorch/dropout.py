@@ -24,6 +24,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     """The first 32-bit word of Philox-4x32-10 for broadcastable int64 counters and keys, as int64 in [0, 2^32).
 
     Example:
+        >>> import torch
         >>> zero = torch.zeros((), dtype=torch.int64)
         >>> hex(int(philox((zero, zero, zero, zero), (zero, zero))))
         '0x6627e8d5'

@@ -46,7 +46,7 @@ def candidate_plans(pattern: Pattern, problem: Problem) -> tuple[Plan, ...]:
         >>> from dilated_attention_pytorch import Causal
         >>> import torch
         >>> from dilated_attention_pytorch.problem import make_problem
-        >>> q = torch.zeros(1, 4, 2, 8)
+        >>> q = torch.zeros(1, 4096, 2, 8)
         >>> plans = candidate_plans(Causal(), make_problem(q, q, q, scale=1.0, query_start=0))
         >>> [type(p).__name__ for p in plans]
         ['StridedPlan', 'DensePlan']

@@ -175,7 +175,7 @@ class RowsLeftUnwritten(DenseBackend):
     def forward(self, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
         out, lse = super().forward(problem, plan)
         rows = (lse == -torch.inf).transpose(1, 2).unsqueeze(-1)
-        return torch.where(rows, empty(out.shape, out.dtype, out.device), out), lse
+        return torch.where(rows, empty(out.shape, out.dtype, out.device), out).contiguous(), lse
 
 
 class LseGradientDropped(DenseBackend):
