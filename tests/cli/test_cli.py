@@ -20,6 +20,8 @@ from dilated_attention_pytorch.models.longnet import LongNetLM
 
 SMALL = {
     "window": "512",
+    "short_window": "128",
+    "short_steps": "2",
     "d_model": "16",
     "nhead": "2",
     "num_layers": "1",

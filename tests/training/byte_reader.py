@@ -5,7 +5,15 @@ import torch
 from dilated_attention_pytorch.training.settings import TrainingSettings
 
 SETTINGS = TrainingSettings(
-    steps=12, window=128, batch_size=2, warmup_steps=3, learning_rate=1e-2, checkpoint_every=4, seed=7
+    steps=12,
+    window=128,
+    short_window=64,
+    short_steps=5,
+    batch_size=2,
+    warmup_steps=3,
+    learning_rate=1e-2,
+    checkpoint_every=4,
+    seed=7,
 )
 
 

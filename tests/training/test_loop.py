@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from byte_reader import Reader
 
 from dilated_attention_pytorch import InvalidInput
+from dilated_attention_pytorch.training.data import Windows
 from dilated_attention_pytorch.training.interrupt import StopRequest
-from dilated_attention_pytorch.training.loop import Step, train
+from dilated_attention_pytorch.training.loop import Step, batch_at, train
 from dilated_attention_pytorch.training.run import Run
 
 NewRun = Callable[..., Run]
@@ -27,6 +29,16 @@ def losses(run: Run) -> list[float]:
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_short_windows_come_first_and_each_phase_has_its_own_sequence(new_run: NewRun) -> None:
+    run = new_run("run")  # 5 steps of 2 windows of 64 bytes, then 7 steps of 2 windows of 128
+    shapes = [batch_at(step, run).shape for step in range(12)]
+    assert shapes == [(2, 65)] * 5 + [(2, 129)] * 7
+    for length, steps in ((64, range(5)), (128, range(5, 12))):
+        windows = Windows(run.corpus.train, length, run.settings.seed)
+        seen = np.concatenate([batch_at(step, run) for step in steps])
+        assert np.array_equal(seen, windows.batch(0, len(seen)))
 
 
 def test_training_learns_and_records_every_step(new_run: NewRun, reader: NewReader) -> None:

@@ -35,7 +35,7 @@ def loss_figure(path: Path, metrics: Sequence[dict[str, float]]) -> None:
     bits = [line["bits_per_byte"] for line in metrics]
     width = max(1, len(bits) // 20)
     mean = [sum(bits[max(0, n + 1 - width) : n + 1]) / min(width, n + 1) for n in range(len(bits))]
-    curves = [Curve(steps, bits, "each step", style="faint"), Curve(steps, mean, f"mean of {width} steps")]
+    curves = [Curve(steps, bits, "single steps", style="faint"), Curve(steps, mean, f"mean of the last {width}" if width > 1 else "loss")]
     line_figure(path, "Training loss", "step", "bits per byte", curves)
 
 

@@ -91,13 +91,15 @@ class TrainingSettings:
 def learning_rate_at(step: int, settings: TrainingSettings) -> float:
     """The learning rate of `step` (from 0): a linear warm-up, then a half cosine down to `final_rate` of the peak.
 
+    The cosine runs over bytes, not steps, so that long windows behind short ones are still learnt from.
+
     >>> settings = TrainingSettings(steps=100, warmup_steps=10, learning_rate=1.0, final_rate=0.1)
     >>> [round(learning_rate_at(step, settings), 3) for step in (0, 9, 10, 99)]
     [0.1, 1.0, 1.0, 0.1]
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
-    span = max(1, settings.steps - 1 - settings.warmup_steps)
-    done = min(1.0, (step - settings.warmup_steps) / span)
+    first, last = settings.tokens_until(settings.warmup_steps), settings.tokens_until(settings.steps - 1)
+    done = min(1.0, (settings.tokens_until(step) - first) / max(1, last - first))
     share = settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
     return settings.learning_rate * share
