@@ -156,6 +156,8 @@ def test_a_mask_without_padding_is_no_mask():
     x = randn(2, 5, 1, 4)
     mask = torch.zeros(2, 5, dtype=torch.bool)
     assert make_problem(x, x, x, scale=1.0, query_start=0, key_padding_mask=mask).key_lengths is None
+    mask[1, 3:] = True
+    assert make_problem(x, x, x, scale=1.0, query_start=0, key_padding_mask=mask).key_lengths == (5, 3)
 
 
 def test_positions_are_runs():
