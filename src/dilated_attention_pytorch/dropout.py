@@ -6,6 +6,7 @@ is kept or dropped alike in the reference, in any chunk of any backend, and on a
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
@@ -39,8 +40,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0
 
 
-def dropout_factors(seed: Tensor, dropout_p: float, row: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """``M`` in {0, 1 / (1 - dropout_p)} for pairs of positions ``q`` and ``k``; float64, broadcast shape.
+def dropout_factors(
+    seed: Tensor, dropout_p: float, row: Tensor, q: Tensor, k: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """``M`` in {0, 1 / (1 - dropout_p)} for pairs of positions ``q`` and ``k``, in ``dtype``, of the broadcast shape.
 
     ``row`` numbers the (sample, head): ``b * H + h``. All integer tensors broadcast.
     """
@@ -49,4 +52,4 @@ def dropout_factors(seed: Tensor, dropout_p: float, row: Tensor, q: Tensor, k: T
         (q & WORD, k & WORD, row & WORD, ((q >> 32) & 0xFFFF) | (((k >> 32) & 0xFFFF) << 16)),
         (seed & WORD, (seed >> 32) & WORD),
     )
-    return (word >= int(dropout_p * 2.0**32)).double() / (1.0 - dropout_p)
+    return (word >= int(dropout_p * 2.0**32)).to(dtype) / (1.0 - dropout_p)

@@ -160,6 +160,6 @@ def _chunk(
     if p.dropout_p > 0:
         assert p.seed is not None
         row = torch.arange(samples.start, samples.stop, device=device).view(-1, 1, 1, 1) * p.num_heads + head
-        keep = dropout_factors(p.seed, p.dropout_p, row, i, k_positions).to(dtype)
+        keep = dropout_factors(p.seed, p.dropout_p, row, i, k_positions, dtype)
     logits = torch.where(counts > 0, logits + counts.to(dtype).log(), -torch.inf)
     return _Chunk(samples, kv_head, heads, rows, q, raw, logits, derivative, keep)

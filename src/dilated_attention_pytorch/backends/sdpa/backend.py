@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -172,6 +173,15 @@ def _view(packed: Tensor, rows: Rows, segments: int, folds: bool) -> Tensor:
     return packed.as_strided(size + packed.shape[2:], strides + inner, start)
 
 
+def _profiled(piece: Piece, kernel: Kernel) -> AbstractContextManager[object]:
+    """A range that names the piece, when a profiler listens."""
+    if not torch.autograd.profiler._is_profiler_enabled:
+        return nullcontext()
+    kind = "banded" if piece.band is not None else "causal" if piece.is_causal else "full"
+    sizes = f"{piece.segments} x ({piece.queries.length} x {piece.keys.length})"
+    return torch.profiler.record_function(f"{kernel.name}: {kind} {sizes}, every {piece.queries.step}")
+
+
 def _folds(piece: Piece, m: int, num_queries: int, num_keys: int) -> bool:
     """Samples and segments fold into one dim, of the queries and of the keys alike."""
     s = piece.segments
@@ -196,7 +206,8 @@ def _forward_block(block: _Block, p: Problem, kernel: Kernel, work: Workspace, m
         folds = _folds(piece, b * h, n, k.shape[1])
         q_view = _view(q, piece.queries, piece.segments, folds)
         k_view, v_view = (_view(x, piece.keys, piece.segments, folds) for x in (k, v))
-        part_out, part_lse = kernel.forward(q_view, k_view, v_view, p.scale, piece.is_causal, masks.of(piece))
+        with _profiled(piece, kernel):
+            part_out, part_lse = kernel.forward(q_view, k_view, v_view, p.scale, piece.is_causal, masks.of(piece))
         if out is None and piece.fresh and _covers(piece, piece.queries, n):
             out, lse = part_out.reshape(b * h, n, d), part_lse.reshape(b * h, n)
             continue
@@ -257,7 +268,8 @@ def _backward_block(
             _view(x, piece.queries, piece.segments, folds) for x in (packed["g"], packed["q"], packed["o"], lse_packed)
         )
         k, v = (_view(packed[name], piece.keys, piece.segments, folds) for name in ("k", "v"))
-        grads = kernel.backward(g, q, k, v, o, row_lse, p.scale, piece.is_causal, masks.of(piece))
+        with _profiled(piece, kernel):
+            grads = kernel.backward(g, q, k, v, o, row_lse, p.scale, piece.is_causal, masks.of(piece))
         sides = (piece.queries, piece.keys, piece.keys)
         lengths = (n, nk, nk)
         if sums is None and all(_covers(piece, rows, size) for rows, size in zip(sides, lengths)):
