@@ -215,7 +215,7 @@ def _refuse_forward_mode(*tensors: Tensor) -> None:
     for x in tensors:
         if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
-                "attend has no forward-mode derivative (jvp); use reverse mode (vjp, grad), or reference_attention."
+                "attend has no forward-mode derivative (jvp); use torch.autograd.grad, or reference_attention."
             )
 
 

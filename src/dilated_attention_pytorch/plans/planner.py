@@ -94,12 +94,17 @@ def dense_plan(pattern: Pattern, problem: Problem) -> DensePlan:
 def strided_plan(pattern: Pattern, problem: Problem) -> StridedPlan | None:
     """The strided plan, or None when the pattern has no closed form or rows do not stand at consecutive positions."""
     branches = pattern.branches()
-    if branches is None or len({id(b.documents) for b in branches}) != 1:
+    if branches is None or not _same_documents(branches):
         return None
     for positions in (problem.query_positions, problem.key_positions):
         if len(positions) != 1 or positions[0].step != 1:
             return None
     return StridedPlan(pattern, tuple(_chunks(branches, problem)))
+
+
+def _same_documents(branches: tuple[Branch, ...]) -> bool:
+    tables = {None if b.documents is None else str(b.documents.tables[0].tolist()) for b in branches}
+    return len(tables) == 1
 
 
 def _chunks(branches: tuple[Branch, ...], problem: Problem) -> Iterator[Chunk]:

@@ -128,6 +128,7 @@ PATTERNS: dict[str, Pattern] = {
     "documents_batched": Documents([[7, 13, 0], [1, 2, 34]]).of(longnet([8, 16], [1, 2])),
     "documents_cut_grid": Documents([7, 13, 17]) & Dilated(16, 2),
     "documents_summed": Documents([20, 17]).of(Causal()) + Window(3),
+    "documents_twice": Documents([20, 17]).of(Causal()) + Documents([20, 17]).of(Dilated(8, 2)),
 }
 """Patterns by name; all fit a batch of 2 and 4 heads."""
 
