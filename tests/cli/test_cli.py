@@ -21,7 +21,7 @@ from dilated_attention_pytorch.models.longnet import LongNetLM
 SMALL = {
     "window": "512",
     "short_window": "128",
-    "short_steps": "2",
+    "short_share": "0.34",
     "d_model": "16",
     "nhead": "2",
     "num_layers": "1",
@@ -180,6 +180,7 @@ def test_runs_without_a_name_never_overwrite(text: Path, tmp_path: Path, monkeyp
         (("train", "--set", "segment_lengths=12,"), "segment_lengths"),
         (("train", "--set", "segment_lengths=128,256,512,1024"), "dilation_rates"),
         (("train", "--set", "learning_rate=-1"), "learning_rate"),
+        (("train", "--set", "window=512"), "short_window"),
         (("train", "--device", "tpu"), "device"),
         (("train", "--autocast", "fp8"), "autocast"),
         (("evaluate", "/nowhere"), "not a run folder"),

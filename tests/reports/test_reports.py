@@ -20,7 +20,7 @@ from dilated_attention_pytorch.training.evaluate import ContextRow, Evaluation
 from dilated_attention_pytorch.training.loop import Step
 from dilated_attention_pytorch.training.settings import TrainingSettings
 
-SETTINGS = TrainingSettings(steps=40, batch_size=2, window=4096)
+SETTINGS = TrainingSettings(steps=40, batch_size=2, window=4096, short_share=0.0)
 EVALUATION = Evaluation(
     rows=(
         ContextRow(256, 2.5, 0.02, 0.0, 0.0, 3.9),

@@ -35,7 +35,10 @@ def loss_figure(path: Path, metrics: Sequence[dict[str, float]]) -> None:
     bits = [line["bits_per_byte"] for line in metrics]
     width = max(1, len(bits) // 20)
     mean = [sum(bits[max(0, n + 1 - width) : n + 1]) / min(width, n + 1) for n in range(len(bits))]
-    curves = [Curve(steps, bits, "single steps", style="faint"), Curve(steps, mean, f"mean of the last {width}" if width > 1 else "loss")]
+    curves = [
+        Curve(steps, bits, "single steps", style="faint"),
+        Curve(steps, mean, f"mean of the last {width}" if width > 1 else "loss"),
+    ]
     line_figure(path, "Training loss", "step", "bits per byte", curves)
 
 
@@ -63,13 +66,13 @@ def training_page(
     continuation: tuple[str, str],
 ) -> str:
     """The page of a run: `folder` holds its figures; `continuation` is the given text and what the model wrote."""
-    first, best = evaluation.rows[0], evaluation.best
+    first, last = evaluation.rows[0], evaluation.rows[-1]
     settings, text = TrainingSettings.from_dict(record["settings"]), record["text"]
     given, written = continuation
     seconds = metrics[-1]["seconds"]
     facts = Facts(
         [
-            (f"{best.bits_per_byte:.3f}", f"bits per byte after {best.context:,} bytes of context"),
+            (f"{last.bits_per_byte:.3f}", f"bits per byte after {last.context:,} bytes of context"),
             (f"{first.bits_per_byte:.3f}", f"bits per byte after {first.context:,}"),
             (f"{parameters:,}", "parameters"),
             (f"{seconds / 60:.1f} min", f"training, {settings.steps:,} steps"),

@@ -50,7 +50,7 @@ class Run:
             )
         path.mkdir(parents=True, exist_ok=True)
         try:
-            corpus = write_corpus(data, path / "text", max(settings.window, settings.short_window))
+            corpus = write_corpus(data, path / "text", settings.window)
         except InvalidInput:
             shutil.rmtree(path)
             raise

@@ -12,8 +12,8 @@ from dilated_attention_pytorch.errors import InvalidInput
 class TrainingSettings:
     """The settings of one run. Windows are in bytes, rates are per step, `final_rate` a share of `learning_rate`.
 
-    The first `short_steps` steps read windows of `short_window` bytes, the others of `window`: small steps learn most
-    of the language soonest, long windows then teach the use of long contexts. `checkpoint_every` counts steps.
+    The first `short_share` of the steps read windows of `short_window` bytes, the others of `window`: small steps learn
+    most of the language soonest, long windows then teach the use of long contexts. `checkpoint_every` counts steps.
     `threads` is the number of CPU threads that the run was started with: results are equal to the last bit only with
     the same number. Raises InvalidInput for values that cannot work.
 
@@ -22,12 +22,12 @@ class TrainingSettings:
     dilated_attention_pytorch.errors.InvalidInput: steps must be an integer of at least 1, got 0
     """
 
-    steps: int = 400
+    steps: int = 2330
     window: int = 8192
     short_window: int = 1024
-    short_steps: int = 0
+    short_share: float = 0.944
     batch_size: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     warmup_steps: int = 20
     final_rate: float = 0.05
     weight_decay: float = 0.1
@@ -36,19 +36,20 @@ class TrainingSettings:
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
-    checkpoint_every: int = 20
+    checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
         """Check every value."""
         for name in ("steps", "window", "short_window", "batch_size", "threads", "checkpoint_every"):
             self._integer(name, 1)
-        for name in ("seed", "warmup_steps", "short_steps"):
+        for name in ("seed", "warmup_steps"):
             self._integer(name, 0)
         if self.seed >= 2**32:
             raise InvalidInput(f"seed must be below 2**32, got {self.seed}")
         for name, least, most in (
             ("learning_rate", 1e-9, 10.0),
             ("final_rate", 0.0, 1.0),
+            ("short_share", 0.0, 1.0),
             ("weight_decay", 0.0, 10.0),
             ("clip_norm", 1e-6, 1e6),
         ):
@@ -56,10 +57,20 @@ class TrainingSettings:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not least <= value <= most:
                 raise InvalidInput(f"{name} must be a number from {least:g} to {most:g}, got {value!r}")
+        if self.short_window > self.window:
+            raise InvalidInput(
+                f"short_window must be at most window ({self.window}), got {self.short_window}; set both, as with "
+                f"--set window={self.window} --set short_window={max(1, self.window // 8)}"
+            )
         if self.autocast not in ("none", "bf16"):
             raise InvalidInput(f"autocast must be 'none' or 'bf16', got {self.autocast!r}")
         if self.device not in ("cpu", "cuda"):
             raise InvalidInput(f"device must be 'cpu' or 'cuda', got {self.device!r}")
+
+    @property
+    def short_steps(self) -> int:
+        """The steps that read short windows."""
+        return round(self.short_share * self.steps)
 
     def window_at(self, step: int) -> int:
         """The window of `step` (from 0), in bytes."""
@@ -68,7 +79,7 @@ class TrainingSettings:
     def tokens_until(self, step: int) -> int:
         """Bytes that the first `step` steps read.
 
-        >>> TrainingSettings(window=100, short_window=10, short_steps=5, batch_size=2).tokens_until(7)
+        >>> TrainingSettings(steps=10, window=100, short_window=10, short_share=0.5, batch_size=2).tokens_until(7)
         500
         """
         short = min(step, self.short_steps)
