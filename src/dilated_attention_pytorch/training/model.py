@@ -14,8 +14,7 @@ from dilated_attention_pytorch.training.run import Run
 
 BYTES = 256  # one token per byte value
 
-# Heads are dealt out among the branches (2, 1, 1): far keys then cannot dilute what the local heads have learnt, which
-# in short training costs more than it gives.
+# Heads are dealt out among the branches (2, 1, 1): the local heads never see far keys.
 DEFAULT_MODEL = LongNetLMConfig(
     num_tokens=BYTES,
     d_model=128,
