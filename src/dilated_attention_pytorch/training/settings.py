@@ -12,7 +12,7 @@ from dilated_attention_pytorch.errors import InvalidInput
 class TrainingSettings:
     """The settings of one run. Windows are in bytes, rates are per step, `final_rate` a share of `learning_rate`.
 
-    The first `short_share` of the steps read windows of `short_window` bytes, which gives more steps for the same bytes;
+    The first `short_share` of the steps read windows of `short_window` bytes, which gives more steps per byte;
     the others read `window`, so that every context up to it has been trained. `checkpoint_every` counts steps.
     `threads` is the number of CPU threads that the run was started with: results are equal to the last bit only with
     the same number. Raises InvalidInput for values that cannot work.
