@@ -27,6 +27,7 @@ def tokens(length, batch=2):
         {"position": "none", "num_kv_heads": 1},
         {"segment_lengths": (10, 24), "position": "xpos"},
         {"head_groups": True, "head_offset": "torchscale"},
+        {"embedding_width": 4, "position": "none"},
     ],
     ids=str,
 )

@@ -131,6 +131,8 @@ class TransformerConfig:
 class LongNetLMConfig(TransformerConfig):
     """A `LongNetLM`: ``num_tokens`` in the vocabulary, ``num_layers`` blocks, one table for input and output if tied.
 
+    A row of the input is made of ``embedding_width`` tokens, the last ones so far (`nn.ShortConvolution`); 1 is none.
+
     Example:
         >>> LongNetLMConfig(num_tokens=256).segment_lengths
         (2048, 4096, 8192, 16384, 32768)
@@ -141,9 +143,10 @@ class LongNetLMConfig(TransformerConfig):
     num_tokens: int
     num_layers: int = 12
     tie_embeddings: bool = True
+    embedding_width: int = 1
 
     def _counts(self) -> tuple[str, ...]:
-        return (*super()._counts(), "num_tokens", "num_layers")
+        return (*super()._counts(), "num_tokens", "num_layers", "embedding_width")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from dilated_attention_pytorch.models.config import (
 from dilated_attention_pytorch.models.generation import generate_tokens
 from dilated_attention_pytorch.models.pretrained import PretrainedModel
 from dilated_attention_pytorch.nn.cache import KeyValueCache
+from dilated_attention_pytorch.nn.convolution import ShortConvolution
 from dilated_attention_pytorch.nn.transformer import (
     DilatedTransformer,
     DilatedTransformerDecoderLayer,
@@ -74,6 +75,7 @@ class LongNetLM(PretrainedModel):
         head_offset: str = "modulo",
         head_groups: bool = False,
         tie_embeddings: bool = True,
+        embedding_width: int = 1,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
@@ -96,9 +98,13 @@ class LongNetLM(PretrainedModel):
             head_offset=head_offset,
             head_groups=head_groups,
             tie_embeddings=tie_embeddings,
+            embedding_width=embedding_width,
             checkpoint_activations=checkpoint_activations,
         )
         self.embedding = nn.Embedding(num_tokens, d_model, device=device, dtype=dtype)
+        self.convolution = (
+            ShortConvolution(d_model, embedding_width, device=device, dtype=dtype) if embedding_width > 1 else None
+        )
         self.dropout = nn.Dropout(dropout)
         layers = self.config.num_layers
         self.decoder = _encoder_stack(self.config, layers, stack_gain(layers), device, dtype)
@@ -155,15 +161,24 @@ class LongNetLM(PretrainedModel):
         self._check_tokens(tokens)
         if cache is not None and not is_causal:
             raise InvalidInput("a cache serves causal models: earlier tokens cannot see later ones any more.")
-        x = self.embedding(tokens) * self.config.d_model**0.5
-        return self.decoder(  # type: ignore[no-any-return]
-            self.dropout(x),
+        seen = tokens
+        if self.convolution is not None and cache is not None and cache.tokens is not None:
+            if cache.tokens.shape[0] != tokens.shape[0]:
+                raise InvalidInput(
+                    f"the cache holds {cache.tokens.shape[0]} samples. Got {tokens.shape[0]}; start another cache."
+                )
+            seen = torch.cat((cache.tokens, tokens), 1)
+        out: Tensor = self.decoder(
+            self.dropout(self._embedded(seen, tokens.shape[1], documents)),
             is_causal=is_causal,
             key_padding_mask=key_padding_mask,
             position_ids=position_ids,
             documents=documents,
             cache=cache,
         )
+        if self.convolution is not None and cache is not None:
+            cache.tokens = seen
+        return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., num_tokens) of hidden states (..., d_model)."""
@@ -209,6 +224,14 @@ class LongNetLM(PretrainedModel):
             seed=seed,
             stream=stream,
         )
+
+    def _embedded(self, seen: Tensor, count: int, documents: Documents | None) -> Tensor:
+        """Input rows of the last ``count`` of the tokens seen so far, (B, count, d_model)."""
+        if self.convolution is None:
+            return self.embedding(seen) * self.config.d_model**0.5  # type: ignore[no-any-return]
+        near = seen[:, -(count + self.convolution.width - 1) :]
+        rows: Tensor = self.convolution(self.embedding(near) * self.config.d_model**0.5, documents)
+        return rows[:, rows.shape[1] - count :]
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if not isinstance(tokens, Tensor):
@@ -426,9 +449,8 @@ def _options(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _block_options(config: TransformerConfig) -> dict[str, Any]:
-    own = {"num_tokens", "num_layers", "tie_embeddings", "num_encoder_layers", "num_decoder_layers", "cross_attention"}
-    own.add("checkpoint_activations")
-    return {name: value for name, value in _options(config).items() if name not in own}
+    shared = {f.name for f in fields(TransformerConfig)} - {"checkpoint_activations"}
+    return {name: value for name, value in _options(config).items() if name in shared}
 
 
 def _encoder_stack(

@@ -2,6 +2,7 @@
 
 from dilated_attention_pytorch.nn.attention import DilatedAttention, MultiheadDilatedAttention
 from dilated_attention_pytorch.nn.cache import KeyValueCache, LayerCache
+from dilated_attention_pytorch.nn.convolution import ShortConvolution
 from dilated_attention_pytorch.nn.positions import Rotary, Rotation, XPos, alibi_slopes, rotate
 from dilated_attention_pytorch.nn.transformer import (
     DilatedTransformer,
@@ -23,6 +24,7 @@ __all__ = [
     "MultiheadDilatedAttention",
     "Rotary",
     "Rotation",
+    "ShortConvolution",
     "XPos",
     "alibi_slopes",
     "encoder_decoder_gains",

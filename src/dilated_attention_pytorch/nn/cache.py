@@ -73,6 +73,7 @@ class KeyValueCache:
         if num_layers < 1:
             raise InvalidInput(f"expected a cache of at least 1 layer. Got {num_layers}.")
         self.layers = tuple(LayerCache() for _ in range(num_layers))
+        self.tokens: Tensor | None = None  # (B, length), for models whose input layer looks back
 
     @property
     def length(self) -> int:
@@ -88,6 +89,8 @@ class KeyValueCache:
         """Forget every token from ``length`` on, in all layers."""
         for layer in self.layers:
             layer.truncate(length)
+        if self.tokens is not None:
+            self.tokens = self.tokens[:, :length]
 
 
 def _room_for(buffer: Tensor | None, rows: Tensor, length: int, needed: int) -> Tensor:
