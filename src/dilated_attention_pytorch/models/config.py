@@ -132,6 +132,7 @@ class LongNetLMConfig(TransformerConfig):
     """A `LongNetLM`: ``num_tokens`` in the vocabulary, ``num_layers`` blocks, one table for input and output if tied.
 
     A row of the input is made of ``embedding_width`` tokens, the last ones so far (`nn.ShortConvolution`); 1 is none.
+    ``copying_start`` sets the first weights so that the first layer looks up what followed the same tokens earlier.
 
     Example:
         >>> LongNetLMConfig(num_tokens=256).segment_lengths
@@ -144,6 +145,15 @@ class LongNetLMConfig(TransformerConfig):
     num_layers: int = 12
     tie_embeddings: bool = True
     embedding_width: int = 1
+    copying_start: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.copying_start and (self.embedding_width < 2 or self.d_model % 2 != 0):
+            raise InvalidInput(
+                "LongNetLM config: copying_start needs embedding_width of at least 2 and an even d_model. "
+                f"Got {self.embedding_width} and {self.d_model}."
+            )
 
     def _counts(self) -> tuple[str, ...]:
         return (*super()._counts(), "num_tokens", "num_layers", "embedding_width")

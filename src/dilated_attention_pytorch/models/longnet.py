@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from dilated_attention_pytorch.models.config import (
     LongNetLMConfig,
     TransformerConfig,
 )
+from dilated_attention_pytorch.models.copying import start_copying
 from dilated_attention_pytorch.models.generation import generate_tokens
 from dilated_attention_pytorch.models.pretrained import PretrainedModel
 from dilated_attention_pytorch.nn.cache import KeyValueCache
@@ -76,6 +77,7 @@ class LongNetLM(PretrainedModel):
         head_groups: bool = False,
         tie_embeddings: bool = True,
         embedding_width: int = 1,
+        copying_start: bool = False,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
@@ -99,6 +101,7 @@ class LongNetLM(PretrainedModel):
             head_groups=head_groups,
             tie_embeddings=tie_embeddings,
             embedding_width=embedding_width,
+            copying_start=copying_start,
             checkpoint_activations=checkpoint_activations,
         )
         self.embedding = nn.Embedding(num_tokens, d_model, device=device, dtype=dtype)
@@ -112,6 +115,9 @@ class LongNetLM(PretrainedModel):
         for table in (self.embedding, self.head):
             if table is not None:
                 nn.init.normal_(table.weight, std=d_model**-0.5)
+        if self.convolution is not None and copying_start:
+            first = cast(DilatedTransformerEncoderLayer, self.decoder.layers[0])
+            start_copying(self.embedding, self.convolution, first.self_attn)
 
     @classmethod
     def _arguments(cls, config: LongNetLMConfig) -> dict[str, Any]:

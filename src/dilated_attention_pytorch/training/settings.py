@@ -22,10 +22,10 @@ class TrainingSettings:
     dilated_attention_pytorch.errors.InvalidInput: steps must be an integer of at least 1, got 0
     """
 
-    steps: int = 2330
+    steps: int = 1500
     window: int = 8192
-    short_window: int = 1024
-    short_share: float = 0.944
+    short_window: int = 2048
+    short_share: float = 0.975
     batch_size: int = 1
     learning_rate: float = 4e-3
     warmup_steps: int = 20
