@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dilated_attention_pytorch import explain, longnet, longnet_attention
 from dilated_attention_pytorch.benchmark import attention, baselines, run
 from dilated_attention_pytorch.benchmark.cases import CASES, Case
 from dilated_attention_pytorch.benchmark.measure import Spread, interleaved_seconds, times_faster
+from dilated_attention_pytorch.cli.app import app
 
 TINY = Case("A", 128, 4, 16, (32, 64), (1, 2))
 
@@ -75,3 +77,13 @@ def test_memory_of_a_forward_includes_its_output() -> None:
     if "skipped" in measured:
         pytest.skip(measured["skipped"])
     assert 1.0 <= measured["peak / output bytes"] < 2.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(("--shapes", "AX"), "letters of A, B, C"), (("--threads", "1,0"), "numbers of at least 1")],
+)
+def test_bench_refuses_what_it_does_not_know(arguments: tuple[str, ...], expected: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert expected in result.output

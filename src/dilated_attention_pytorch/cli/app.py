@@ -24,10 +24,10 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (InvalidInput, NoBackend) as error:
-            err.print(Text.assemble(("error: ", "bold red"), str(error)))
+            err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)  # paths stay whole
             raise typer.Exit(2) from error
         except FloatingPointError as error:
-            err.print(Text.assemble(("error: ", "bold red"), str(error)))
+            err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)  # paths stay whole
             raise typer.Exit(1) from error
 
 
