@@ -41,7 +41,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
 class Workspace:
     """Named buffers that grow to the largest request and are handed out again; for one call on one thread.
 
-    Packing a chunk into a buffer that is still in cache is what makes chunks cheap (docs/speed.md has the figures).
+    It keeps the memory of a call at one chunk, however many chunks there are (docs/speed.md has the figures).
 
     Example:
         >>> work = Workspace(torch.float32, "cpu")
