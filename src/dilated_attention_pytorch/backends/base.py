@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.plans import Plan
 from dilated_attention_pytorch.problem import Problem
 
@@ -25,11 +27,46 @@ class Gradients(NamedTuple):
         return Gradients(self.q + other.q, self.k + other.k, self.v + other.v, bias)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What may be chosen about how a backend computes; never what it computes.
+
+    A backend with choices derives a frozen dataclass whose fields are int, float, str, bool or None, each with a
+    default that serves an unmeasured machine: they are written to JSON by their names. Values that cannot be are
+    refused by ``__post_init__`` with InvalidInput. The backend sets ``options_type`` and annotates ``options``.
+    """
+
+
+@dataclass(frozen=True)
+class NoOptions(Options):
+    """Nothing to choose."""
+
+
 class Backend(ABC):
-    """One way to compute plans. Stateless; forward and backward are pure functions of their arguments."""
+    """One way to compute plans. Immutable; forward and backward are pure functions of their arguments and the options.
+
+    Example:
+        >>> from dilated_attention_pytorch.backends import DenseBackend
+        >>> DenseBackend().options
+        NoOptions()
+    """
 
     name: ClassVar[str]
     plans: ClassVar[tuple[type[Plan], ...]]
+    options_type: ClassVar[type[Options]] = NoOptions
+
+    def __init__(self, options: Options | None = None) -> None:
+        """With the given options, or the defaults of ``options_type``; InvalidInput for those of another backend."""
+        if options is None:
+            options = self.options_type()
+        if not isinstance(options, self.options_type):
+            kind, given = self.options_type.__name__, type(options).__name__
+            raise InvalidInput(f"{type(self).__name__}: expected options to be {kind}(...) or None. Got {given}.")
+        self.options = options
+
+    def candidates(self, problem: Problem) -> tuple[Options, ...]:
+        """Options worth measuring for this problem, the best guess first; all of them compute the same thing."""
+        return (self.options,)
 
     def import_error(self) -> str | None:
         """Why the backend cannot be used in this installation at all, or None."""
