@@ -13,10 +13,12 @@ from dilated_attention_pytorch import (
     TorchscaleCompat,
     Window,
     attend,
+    attention,
     longnet,
     longnet_attention,
     reference_attention,
 )
+from dilated_attention_pytorch.backends import select
 
 PATTERN = longnet([4, 8], [1, 2]) & Causal()
 BACKENDS = ["sdpa", "dense"]
@@ -212,6 +214,21 @@ def test_no_gradient_is_kept_without_need():
         assert not attend(q, k, v, PATTERN).requires_grad
 
 
+def test_the_problem_says_whether_gradients_will_be_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        attention, "select", lambda problem, *rest: seen.append(problem.needs_grad) or select(problem, *rest)
+    )
+    q, k, v = tensors()
+    out = attend(q, k, v, PATTERN)
+    with torch.no_grad():
+        attend(q, k, v, PATTERN)
+    attend(q.detach(), k.detach(), v.detach(), PATTERN)
+    assert seen == [True, False, False]
+    out.sum().backward()
+    assert seen == [True, False, False, True]
+
+
 def test_double_backward_says_no():
     x = tensors()
     (g,) = torch.autograd.grad(attend(*x, PATTERN).square().sum(), x[0], create_graph=True)
@@ -232,7 +249,7 @@ def arguments(name):
     q, k, v = tensors(n=6, dtype=torch.float32)
     base = {"q": q, "k": k, "v": v, "bias": None, "mask": None, "seed": None, "tables": [], "score_tables": []}
     base |= {"pattern": PATTERN.text(), "score": "", "scale": 0.5, "dropout_p": 0.0, "query_start": 0}
-    base |= {"zero_keys": False, "detach_mixing": False, "backend": "auto"}
+    base |= {"zero_keys": False, "detach_mixing": False, "backend": "auto", "needs_grad": True}
     rule = Relative(slopes=torch.ones(4))
     documents = Documents([2, 4]).of(PATTERN)
     change = {

@@ -91,6 +91,8 @@ def attend(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(0, 2**62, (1,), device=q.device)
+    wanted = (q, k, v) if bias is None else (q, k, v, bias)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
     out, lse = torch.ops.dilated_attention_pytorch.attend(
         q,
         k,
@@ -108,6 +110,7 @@ def attend(
         compat.zero_keys,
         compat.detach_mixing,
         backend,
+        needs_grad,
     )
     return (out, lse) if return_lse else out
 
@@ -222,7 +225,7 @@ def _refuse_forward_mode(*tensors: Tensor) -> None:
 _SIGNATURE = (
     "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_padding_mask, Tensor? seed, Tensor[] tables, "
     "Tensor[] score_tables, str pattern, str score, float scale, float dropout_p, SymInt query_start, bool zero_keys, "
-    "bool detach_mixing, str backend) -> (Tensor, Tensor)"
+    "bool detach_mixing, str backend, bool needs_grad) -> (Tensor, Tensor)"  # autograd hides grad mode from operators
 )
 _BACKWARD_SIGNATURE = _SIGNATURE.replace(
     "(Tensor q,", "(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q,"
@@ -230,7 +233,7 @@ _BACKWARD_SIGNATURE = _SIGNATURE.replace(
 _Arguments = tuple[Any, ...]
 
 
-def _read(arguments: _Arguments, needs_grad: bool) -> tuple[Problem, Pattern, TorchscaleCompat, str]:
+def _read(arguments: _Arguments) -> tuple[Problem, Pattern, TorchscaleCompat, str]:
     (
         q,
         k,
@@ -248,6 +251,7 @@ def _read(arguments: _Arguments, needs_grad: bool) -> tuple[Problem, Pattern, To
         zero,
         detach,
         backend,
+        needs_grad,
     ) = arguments
     problem = make_problem(
         q,
@@ -267,7 +271,7 @@ def _read(arguments: _Arguments, needs_grad: bool) -> tuple[Problem, Pattern, To
 
 @torch.library.custom_op("dilated_attention_pytorch::attend", mutates_args=(), schema=_SIGNATURE)
 def _attend_op(*arguments: Any) -> tuple[Tensor, Tensor]:
-    problem, pattern, compat, backend = _read(arguments, needs_grad=torch.is_grad_enabled())
+    problem, pattern, compat, backend = _read(arguments)
     return forward(problem, pattern, compat=compat, backend=backend)
 
 
@@ -275,7 +279,7 @@ def _attend_op(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward_op(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem, pattern, compat, backend = _read(arguments, needs_grad=True)
+    problem, pattern, compat, backend = _read((*arguments[:-1], True))
     grads = backward(problem, pattern, dout, dlse, out, lse, compat=compat, backend=backend)
     dbias = grads.bias if grads.bias is not None and problem.bias is not None else out.new_empty(0)
     return grads.q, grads.k, grads.v, dbias if problem.bias is None else dbias.to(problem.bias.dtype)
