@@ -1,0 +1,274 @@
+"""Kernel launches of a strided pattern: lists of tiles for the queries (forward, dq) and for the keys (dk, dv).
+
+A launch is a list of tiles; a tile is ``block[0]`` rows of one group of one head; a group is the rows of a head that
+share one set of branches. Everything here is integer arithmetic on positions; no device is touched.
+
+Every table holds absolute positions: row i of q stands at ``query_positions[0].start + i``.
+
+    tile (T, 4): head, group, first row inside the group, sample. Heaviest first; inside a weight, samples then heads
+        slowest. The head is a query head in query launches, a key-value head in key launches. A program of a tile works
+        for sample ``sample + program_id(1)``, and axis 1 of the grid is `samples`.
+    group (G, 9): base, first residue, number of residues, rows, first of its branch list, number of branches, origin
+        and end of its document (positions, half-open; the whole length without documents), and period. Row i stands at
+        ``base + i // residues * period + residue[first + i % residues]``. Segments, grids, causality and windows count
+        from origin; visible keys lie in [origin, end). No branches: the rows see nothing. Rows past the last document
+        are such groups.
+    branch_list: entries of the groups. Query launches: branch numbers. Key launches: ``query head inside the kv group *
+        number of branches + branch``, so that a tile of keys serves every query head of its kv head.
+    branch (NB, 4): w, r, 1 if causal, window. A segment without end has w = the whole length; without a window the
+        window exceeds every distance.
+    offset (H, NB): the place of a query head's grid in each branch, -1 where it does not run the branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dilated_attention_pytorch.backends.triton.groups import (
+    Entries,
+    Groups,
+    Ints,
+    make_groups,
+    make_tiles,
+    split_documents,
+    visited_slots,
+)
+from dilated_attention_pytorch.patterns import Branch, Documents
+from dilated_attention_pytorch.problem import Problem
+
+Table = npt.NDArray[np.int32]
+
+MOST_ROWS = 2**31 - 1
+"""Positions must fit int32 tables; a problem that reaches further has no launches."""
+GROUP_COLUMNS = 9
+BLOCK_OVERHEAD = 256
+"""What starting and storing a tile costs, in partner slots (an estimate)."""
+GRID_LIMIT = 65535
+"""CUDA's limit for axes 1 and 2 of a grid."""
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One kernel launch; the module's text says what the tables hold.
+
+    ``carry``: start from the (out, lse) already there. The first launch has it False and writes every row, (0, -inf)
+    where no branch of it comes. ``kind`` "list" walks the tiles; "one" is a single branch without documents, on a grid
+    of (tiles, segments, heads * samples): ``grid`` is (tiles of a segment, first segment, segments), tiles of
+    ``block[0]`` grid places from the segment's start. Its tile, group, residue and branch_list tables are empty.
+    ``visited`` is the partner slots that each tile walks, in the order of `tile` (of all programs for "one").
+    """
+
+    kind: str
+    branches: tuple[int, ...]
+    carry: bool
+    block: tuple[int, int]
+    samples: int
+    tile: Table
+    group: Table
+    residue: Table
+    branch_list: Table
+    branch: Table
+    offset: Table
+    grid: tuple[int, int, int]
+    visited: Ints
+
+    @property
+    def issued(self) -> int:
+        """Query-key pairs that the tiles compute, over all samples and heads, padding of tiles included."""
+        return int(self.visited.sum()) * self.block[0] * self.samples
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What planning reads of a problem: branches, heads, and where rows and keys stand.
+
+    ``bounds`` (samples, documents + 1) are document bounds as positions, one row when samples share them, None without
+    documents. ``queries`` and ``keys`` are half-open ranges of positions.
+    """
+
+    branches: tuple[Branch, ...]
+    num_heads: int
+    kv_group: int
+    batch: int
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    bounds: Ints | None = None
+
+    @property
+    def end(self) -> int:
+        """One past the last position of either side."""
+        return max(self.queries[1], self.keys[1], 1)
+
+
+def layout_of(problem: Problem, branches: tuple[Branch, ...]) -> Layout:
+    """The layout of a problem whose rows stand at consecutive positions, as every StridedPlan's do."""
+    queries, keys = problem.query_positions[0], problem.key_positions[0]
+    documents = branches[0].documents if branches else None
+    bounds = None
+    if documents is not None:
+        assert isinstance(documents, Documents)
+        bounds = np.atleast_2d(documents.bounds(documents.lengths.device).cpu().numpy())
+        bounds = np.unique(bounds, axis=0) if (bounds == bounds[0]).all() else bounds
+    return Layout(
+        branches,
+        problem.num_heads,
+        problem.kv_group,
+        problem.batch,
+        (queries.start, queries.start + queries.length),
+        (keys.start, keys.start + keys.length),
+        bounds,
+    )
+
+
+def query_launches(
+    layout: Layout, block: tuple[int, int], split: Sequence[Sequence[int]] | None = None
+) -> tuple[Launch, ...]:
+    """Launches that together give every query row all its branches: forward and dq.
+
+    ``block`` is (query rows, keys) of a step. ``split`` names the branches of each launch; None is all in one.
+    A launch of one branch is of kind "one" where that covers what it must; see `Launch`.
+    """
+    split = [range(len(layout.branches))] if split is None else split
+    return tuple(_launch(layout, tuple(part), block, carry=i > 0) for i, part in enumerate(split))
+
+
+def key_launch(layout: Layout, block: tuple[int, int]) -> Launch:
+    """The one launch that gives every key row all its queries: dk and dv. ``block`` is (keys, query rows) of a step."""
+    return _list_launch(layout, tuple(range(len(layout.branches))), block, carry=False, by_keys=True)
+
+
+def _launch(layout: Layout, part: tuple[int, ...], block: tuple[int, int], carry: bool) -> Launch:
+    one = _one_launch(layout, part[0], block, carry) if len(part) == 1 else None
+    return _list_launch(layout, part, block, carry) if one is None else one
+
+
+def branch_tables(layout: Layout) -> tuple[Table, Table]:
+    """The tables ``branch`` (NB, 4) and ``offset`` (H, NB)."""
+    end, rows, offsets = layout.end, [], np.full((layout.num_heads, len(layout.branches)), -1, dtype=np.int32)
+    for i, b in enumerate(layout.branches):
+        segment = end if b.segment_length is None else min(b.segment_length, end)
+        rows.append((segment, b.dilation_rate, int(b.is_causal), end if b.window is None else min(b.window, end)))
+        first, last = b.head_range(layout.num_heads)
+        offsets[first:last, i] = [int(b.offset(h, layout.num_heads)) for h in range(first, last)]
+    return np.array(rows, dtype=np.int32).reshape(-1, 4), offsets
+
+
+def _head_entries(layout: Layout, part: tuple[int, ...], by_keys: bool) -> list[tuple[list[int], Entries]]:
+    """Heads of the tiles grouped by their entries: heads whose grids coincide share tables."""
+    branch, offset = branch_tables(layout)
+    size = layout.kv_group if by_keys else 1
+    classes: dict[bytes, tuple[list[int], Entries]] = {}
+    chosen = np.array(part, dtype=np.int64)
+    for head in range(layout.num_heads // size):
+        places = offset[head * size : (head + 1) * size][:, chosen].astype(np.int64)
+        local, column = np.nonzero(places >= 0)
+        number = local * len(branch) + chosen[column]
+        w, r, causal, window = branch[chosen[column]].T.astype(np.int64)
+        entries = Entries(number, w, r, places[local, column], causal, window)
+        classes.setdefault(places.tobytes(), ([], entries))[0].append(head)
+    return list(classes.values())
+
+
+def _list_launch(
+    layout: Layout, part: tuple[int, ...], block: tuple[int, int], carry: bool, by_keys: bool = False
+) -> Launch:
+    rows, partners = (layout.keys, layout.queries) if by_keys else (layout.queries, layout.keys)
+    samples: list[Ints | None] = [None] if layout.bounds is None else list(layout.bounds)
+    tables: list[list[Ints]] = [[np.zeros((0, n), dtype=np.int64)] for n in (4, GROUP_COLUMNS)]
+    residues, lists, weights = ([np.zeros(0, dtype=np.int64)] for _ in range(3))
+    at = residue_at = list_at = 0
+    for sample, bounds in enumerate(samples):
+        strips = split_documents(bounds, *rows, layout.end)
+        for heads, entries in _head_entries(layout, part, by_keys):
+            groups = make_groups(entries, strips)
+            groups = groups.occupied() if carry else groups
+            tiles = make_tiles(groups, entries, partners, block, by_keys)
+            same = np.zeros_like(tiles.group)
+            tables[0] += [np.stack([same + h, tiles.group + at, tiles.first, same + sample], 1) for h in heads]
+            tables[1].append(_group_table(groups, residue_at, list_at))
+            weights += [tiles.visited] * len(heads)
+            residues.append(groups.residue)
+            lists.append(entries.number[groups.entry_list])
+            at, residue_at, list_at = at + len(groups.base), residue_at + len(residues[-1]), list_at + len(lists[-1])
+    tile, visited = np.concatenate(tables[0]), np.concatenate(weights)
+    order = tile_order(tile, visited)
+    return Launch(
+        "list",
+        part,
+        carry,
+        block,
+        layout.batch if len(samples) == 1 else 1,
+        tile[order].astype(np.int32),
+        np.concatenate(tables[1]).astype(np.int32),
+        _never_empty(np.concatenate(residues)),
+        _never_empty(np.concatenate(lists)),
+        *branch_tables(layout),
+        (0, 0, 0),
+        visited[order],
+    )
+
+
+def tile_order(tile: Ints, visited: Ints) -> Ints:
+    """The order of tiles: heaviest first in half octaves; in each, samples, heads and groups slowest.
+
+    Coarse weights cost no balance and keep one head's keys and values in the cache.
+    """
+    weight = np.floor(2 * np.log2(visited + BLOCK_OVERHEAD))
+    head, group, first, sample = tile.T
+    return np.lexsort((first, group, head, sample, -weight))
+
+
+def _never_empty(x: Ints) -> Table:
+    """A table with an address, since kernels take one even when they read nothing of it."""
+    return (x if len(x) else np.zeros(1, dtype=np.int64)).astype(np.int32)
+
+
+def _group_table(groups: Groups, residue_at: int, list_at: int) -> Ints:
+    g = groups
+    columns = (g.base, g.residue_first + residue_at, g.residues, g.rows, g.entry_first + list_at, g.entries)
+    return np.stack([*columns, g.origin, g.end, np.full_like(g.base, g.period)], 1)
+
+
+def _one_launch(layout: Layout, number: int, block: tuple[int, int], carry: bool) -> Launch | None:
+    """The launch of one branch on a plain grid, or None where that cannot hold it or would leave rows unwritten."""
+    branch, offset = branch_tables(layout)
+    w, r, causal, window = branch[number].tolist()
+    length = layout.queries[1]
+    segments = -(-length // w)
+    everywhere = r == 1 and bool((offset[:, number] >= 0).all())
+    if layout.bounds is not None or not (carry or everywhere) or layout.queries[0] or layout.keys[0] or not length:
+        return None
+    if max(segments, layout.num_heads * layout.batch) > GRID_LIMIT:
+        return None
+    places = -(-min(w, length) // r)
+    tiles = -(-places // block[0])
+    segment, first = np.repeat(np.arange(segments), tiles), np.tile(np.arange(tiles) * block[0], segments)
+    visited = [np.zeros(0, dtype=np.int64)]
+    known: dict[int, Ints] = {}
+    for c in offset[:, number].tolist():
+        if c >= 0 and c not in known:
+            low = segment * w + c + first * r
+            stop = np.minimum(segment * w + w, length)
+            high = np.minimum(low + (block[0] - 1) * r, stop - 1)
+            here = [np.full_like(low, x) for x in (number, w, r, c, causal, window)]
+            slots = visited_slots(low, high, Entries(*here), (0 * low, 0 * low + layout.keys[1]), block[1], False)
+            known[c] = np.where(low < stop, slots, 0)
+        visited += [known[c]] if c >= 0 else []
+    tables = (np.zeros((0, 4), np.int32), np.zeros((0, GROUP_COLUMNS), np.int32), np.zeros(1, np.int32))
+    return Launch(
+        "one",
+        (number,),
+        carry,
+        block,
+        layout.batch,
+        *tables,
+        np.zeros(1, np.int32),
+        branch,
+        offset,
+        (tiles, 0, segments),
+        np.concatenate(visited),
+    )
