@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import Causal, Documents, Full, Window, longnet
-from dilated_attention_pytorch.plans import DensePlan, StridedPlan, candidate_plans, pieces, planner
+from dilated_attention_pytorch.plans import DensePlan, StridedPlan, TilePlan, candidate_plans, pieces, planner
 from dilated_attention_pytorch.problem import Run, make_problem
 from dilated_attention_pytorch.testing.contract import check_plans, part_of
 
@@ -57,7 +57,7 @@ PLACES = {
 def test_long_sequences(name, place):
     problem = problem_of(1100, **PLACES[place])
     strided(LONG[name], problem)
-    check_plans(problem, LONG[name], name)
+    check_plans(candidate_plans(LONG[name], problem, tiles=True), problem, LONG[name], name)
 
 
 @pytest.mark.parametrize("rows", [(1, 4), (16, 16), (128, 512)])
@@ -102,13 +102,13 @@ def test_key_and_query_shards(name):
     assert torch.equal(total, DensePlan(LONG[name]).expand(whole))
 
 
-def test_positions_that_are_no_single_run_have_a_dense_plan_only():
+def test_positions_that_are_no_single_run_have_no_strided_plan():
     problem = problem_of(12)
     for rows, columns in ((slice(0, 12, 2), slice(None)), (slice(None), slice(1, 12, 3))):
         part = part_of(problem, rows, columns)
-        (plan,) = candidate_plans(Causal(), part)
-        assert isinstance(plan, DensePlan)
-        check_plans(part, Causal(), "striped")
+        plans = candidate_plans(Causal(), part)
+        assert {type(plan) for plan in plans} == {DensePlan, TilePlan}
+        check_plans(plans, part, Causal(), "striped")
 
 
 def every_row_once(plan, problem):

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import ast
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Index: TypeAlias = "int | Tensor"
+
+UNBOUNDED = 1 << 20
+"""The upper bound of a count of which nothing is known."""
+
+
+class Block(NamedTuple):
+    """Some rows: they stand at positions from ``low`` to ``high``, each ``low`` plus a multiple of ``step``.
+
+    Elementwise int64 tensors of many blocks; a single row has step 0.
+    """
+
+    low: Tensor
+    high: Tensor
+    step: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,24 @@ class Pattern(ABC):
 
     def branches(self) -> tuple[Branch, ...] | None:
         """The closed form as a sum of branches, or None: then plans work from `count`."""
+        return None
+
+    def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
+        """Least and greatest count over blocks of queries and keys, elementwise; they need not be tight.
+
+        Without a closed form nothing is known: (0, UNBOUNDED). A pattern with a batch of tables adds leading dims, as
+        in `count`.
+        """
+        return 0, UNBOUNDED
+
+    @property
+    def varies_by_head(self) -> bool:
+        """Whether heads may have different counts."""
+        return True
+
+    @property
+    def period(self) -> int | None:
+        """Tokens by which query and key may move together without changing any count, or None."""
         return None
 
     def check(self, problem: Problem) -> None:
@@ -195,6 +228,15 @@ class _Pair(Pattern):
     def tables(self) -> tuple[Tensor, ...]:
         return self.left.tables + self.right.tables
 
+    @property
+    def varies_by_head(self) -> bool:
+        return self.left.varies_by_head or self.right.varies_by_head
+
+    @property
+    def period(self) -> int | None:
+        left, right = self.left.period, self.right.period
+        return None if left is None or right is None else math.lcm(left, right)
+
     def check(self, problem: Problem) -> None:
         self.left.check(problem)
         self.right.check(problem)
@@ -217,6 +259,10 @@ class And(_Pair):
         products = tuple(a.product(b) for a in left for b in right)
         return None if None in products else products  # type: ignore[return-value]
 
+    def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
+        (a, b), (c, d) = (x.count_bounds(head, num_heads, q, k) for x in (self.left, self.right))
+        return a * c, torch.as_tensor(b * d).clamp(max=UNBOUNDED)
+
     def text(self, first_table: int = 0) -> str:
         return self._joined("&", first_table)
 
@@ -231,6 +277,10 @@ class Sum(_Pair):
     def branches(self) -> tuple[Branch, ...] | None:
         left, right = self.left.branches(), self.right.branches()
         return None if left is None or right is None else left + right
+
+    def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
+        (a, b), (c, d) = (x.count_bounds(head, num_heads, q, k) for x in (self.left, self.right))
+        return a + c, b + d
 
     def text(self, first_table: int = 0) -> str:
         return self._joined("+", first_table)

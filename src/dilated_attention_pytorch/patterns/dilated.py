@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.patterns.base import Branch, Index, Pattern
+from dilated_attention_pytorch.patterns.base import Block, Branch, Index, Pattern
 from dilated_attention_pytorch.problem import Problem
 
 HEAD_OFFSETS = ("modulo", "torchscale")
@@ -58,6 +60,32 @@ class Dilated(Pattern):
 
     def branches(self) -> tuple[Branch, ...]:
         return (Branch(self.segment_length, self.dilation_rate, self.head_offset, self.heads),)
+
+    @property
+    def varies_by_head(self) -> bool:
+        return self.dilation_rate > 1 or self.heads is not None
+
+    @property
+    def period(self) -> int:
+        return self.segment_length
+
+    def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
+        (branch,) = self.branches()
+        w, r, place = self.segment_length, self.dilation_rate, branch.offset(head, num_heads)
+        first, last = branch.head_range(num_heads)
+        runs_it = (head >= first) & (head < last)
+
+        def on_grid(block: Block) -> tuple[Tensor, Tensor]:  # all rows surely are, some row may be
+            one_phase = block.step % r == 0
+            if w % r != 0:  # the grid moves from segment to segment
+                one_phase = one_phase & (block.low // w == block.high // w)
+            hit = block.low % w % r == place
+            return one_phase & hit, ~one_phase | hit
+
+        (q_on, q_may), (k_on, k_may) = on_grid(q), on_grid(k)
+        same = (q.low // w == k.high // w) & (k.low // w == q.high // w) & (q.low // w == q.high // w)
+        meet = (q.low // w <= k.high // w) & (k.low // w <= q.high // w)
+        return (runs_it & same & q_on & k_on) * 1, (runs_it & meet & q_may & k_may) * 1
 
     def check(self, problem: Problem) -> None:
         if self.heads is not None and problem.num_heads < self.heads[1]:

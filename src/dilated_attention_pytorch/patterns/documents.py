@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.patterns.base import Branch, Index, Pattern
+from dilated_attention_pytorch.patterns.base import UNBOUNDED, Block, Branch, Index, Pattern
 from dilated_attention_pytorch.problem import Problem
 
 
@@ -94,6 +94,22 @@ class Documents(Pattern):
     def branches(self) -> tuple[Branch, ...]:
         return (Branch(documents=self),)
 
+    @property
+    def varies_by_head(self) -> bool:
+        return False
+
+    def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
+        same, meet, _ = self._shared(q, k)
+        return same * 1, meet * 1
+
+    def _shared(self, q: Block, k: Block) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether all rows surely are in one document; whether some pair may be; where the first query's one starts."""
+        (a, inside), b, c, d = (self.locate(q.low), *(self.locate(x)[0] for x in (q.high, k.low, k.high)))
+        same = (a >= 0) & (a == b) & (a == c) & (a == d)
+        past = self.lengths.shape[-1]
+        a, b, c, d = (torch.where(x < 0, past, x) for x in (a, b, c, d))
+        return same, (a <= d) & (c <= b) & (a < past) & (c < past), q.low - inside
+
     def check(self, problem: Problem) -> None:
         if self.lengths.dim() == 2 and self.lengths.shape[0] not in (1, problem.batch):
             raise InvalidInput(
@@ -134,6 +150,16 @@ class Packed(Pattern):
             return None
         documents = self.documents
         return tuple(replace(b, documents=documents) for b in inner)
+
+    @property
+    def varies_by_head(self) -> bool:
+        return self.inner.varies_by_head
+
+    def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
+        same, meet, start = self.documents._shared(q, k)
+        mine, other = (Block(x.low - start, x.high - start, x.step) for x in (q, k))
+        low, high = self.inner.count_bounds(head, num_heads, mine, other)
+        return same * low, meet * torch.where(same, high, UNBOUNDED)
 
     def check(self, problem: Problem) -> None:
         self.documents.check(problem)

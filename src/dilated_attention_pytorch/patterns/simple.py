@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.patterns.base import Branch, Index, Pattern
+from dilated_attention_pytorch.patterns.base import Block, Branch, Index, Pattern
+
+
+class _ByDistance(Pattern):
+    """All heads see the same, everywhere."""
+
+    @property
+    def varies_by_head(self) -> bool:
+        return False
+
+    @property
+    def period(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
-class Full(Pattern):
+class Full(_ByDistance):
     """Every query sees every key once.
 
     Example:
@@ -23,9 +37,12 @@ class Full(Pattern):
     def branches(self) -> tuple[Branch, ...]:
         return (Branch(),)
 
+    def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
+        return 1, 1
+
 
 @dataclass(frozen=True)
-class Causal(Pattern):
+class Causal(_ByDistance):
     """A query sees keys at its own position and before.
 
     Example:
@@ -39,9 +56,12 @@ class Causal(Pattern):
     def branches(self) -> tuple[Branch, ...]:
         return (Branch(is_causal=True),)
 
+    def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
+        return (q.low >= k.high) * 1, (q.high >= k.low) * 1
+
 
 @dataclass(frozen=True)
-class Window(Pattern):
+class Window(_ByDistance):
     """Keys at most ``size - 1`` tokens before or after the query.
 
     Example:
@@ -63,3 +83,8 @@ class Window(Pattern):
 
     def branches(self) -> tuple[Branch, ...]:
         return (Branch(window=self.size),)
+
+    def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
+        inside = (q.high - k.low < self.size) & (k.high - q.low < self.size)
+        outside = (q.low - k.high >= self.size) | (k.low - q.high >= self.size)
+        return inside * 1, ~outside * 1

@@ -3,5 +3,6 @@
 from dilated_attention_pytorch.plans.base import DensePlan, Plan
 from dilated_attention_pytorch.plans.planner import candidate_plans
 from dilated_attention_pytorch.plans.strided import StridedPlan
+from dilated_attention_pytorch.plans.tiles import TilePlan, tile_plan
 
-__all__ = ["DensePlan", "Plan", "StridedPlan", "candidate_plans"]
+__all__ = ["DensePlan", "Plan", "StridedPlan", "TilePlan", "candidate_plans", "tile_plan"]

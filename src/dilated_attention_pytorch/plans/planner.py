@@ -15,6 +15,7 @@ from dilated_attention_pytorch.patterns import Branch, Documents, Pattern
 from dilated_attention_pytorch.plans.base import DensePlan, Plan, block_counts
 from dilated_attention_pytorch.plans.pieces import Span, chunk_pieces
 from dilated_attention_pytorch.plans.strided import Chunk, HeadSlice, Piece, StridedPlan
+from dilated_attention_pytorch.plans.tiles import tile_plan
 from dilated_attention_pytorch.problem import Problem, positions_tensor
 
 CHUNK_ROWS = 8192
@@ -39,8 +40,10 @@ _cache: OrderedDict[tuple[object, ...], tuple[Plan, ...]] = OrderedDict()
 _lock = threading.Lock()
 
 
-def candidate_plans(pattern: Pattern, problem: Problem) -> tuple[Plan, ...]:
+def candidate_plans(pattern: Pattern, problem: Problem, tiles: bool = False) -> tuple[Plan, ...]:
     """Every plan that walks this pattern for this problem, the one with the least work first.
+
+    A pattern with a strided form gets tables of tiles only on request, ``tiles=True``: making them costs more.
 
     Example:
         >>> from dilated_attention_pytorch import Causal
@@ -60,6 +63,7 @@ def candidate_plans(pattern: Pattern, problem: Problem) -> tuple[Plan, ...]:
         problem.query_positions,
         problem.key_positions,
         problem.key_lengths,
+        tiles,
     )
     with _lock:
         if key in _cache:
@@ -72,6 +76,10 @@ def candidate_plans(pattern: Pattern, problem: Problem) -> tuple[Plan, ...]:
         strided_cost = strided.issued_pairs(problem) + CALL_PAIRS * calls
         short = dense.log_counts is not None and dense.issued_pairs(problem) < strided_cost
         plans = (dense, strided) if short else (strided, dense)
+    if tiles or strided is None:
+        tiled = tile_plan(pattern, problem)
+        if tiled is not None:
+            plans = (*plans, tiled) if strided is not None or dense.log_counts is not None else (tiled, *plans)
     with _lock:
         _cache[key] = plans
         while len(_cache) > _CACHE_SIZE:

@@ -180,6 +180,17 @@ _DENSE_ONLY: dict[str, dict[str, object]] = {
     "dropout_grouped": {"dropout_p": 0.5, "kv_heads": 2, "query_length": 9, "key_length": 41, "query_start": 20},
 }
 
+_LONG: dict[str, tuple[Pattern, dict[str, object]]] = {
+    "causal": (Causal(), {"query_length": 130, "key_length": 331}),
+    "window": (Window(70), {"kv_heads": 1}),
+    "longnet": (longnet([96, 100, 300], [1, 3, 8]) & Causal(), {"num_heads": 3, "query_length": 317}),
+    "not_nesting": (longnet([100, 150], [3, 4]), {"kv_heads": 2, "batch": 2, "visible": (300, 150)}),
+    "sum": (Window(9) + longnet([128, 300], [2, 5]) & Causal(), {"head_dim": 24}),
+    "product": (Dilated(128, 2) & Dilated(300, 3), {}),
+    "documents": (Documents([129, 0, 100, 60]) & Dilated(128, 2) & Causal(), {"num_heads": 2}),
+}
+"""Longer than the tiles of any kernel."""
+
 
 def _shaped(name: str, pattern: Pattern, change: dict[str, object]) -> Case:
     return replace(Case(name, pattern), **change)  # type: ignore[arg-type]
@@ -200,6 +211,10 @@ CASES: tuple[Case, ...] = (
     ),
     *(_shaped(f"longnet_causal-{name}", _PAPER & Causal(), change) for name, change in _DENSE_ONLY.items()),
     *(_shaped(f"full-{name}", Full(), change) for name, change in _DENSE_ONLY.items()),
+    *(
+        _shaped(f"long-{name}", pattern, {"batch": 1, "num_heads": 2, "query_length": 300} | change)
+        for name, (pattern, change) in _LONG.items()
+    ),
 )
 """Every case of the contract."""
 

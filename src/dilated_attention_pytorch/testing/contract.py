@@ -17,7 +17,7 @@ from dilated_attention_pytorch.backends import Backend, Gradients, reasons
 from dilated_attention_pytorch.memory import fill_with_nan
 from dilated_attention_pytorch.merging import merge
 from dilated_attention_pytorch.patterns import Causal, Documents, Pattern, Window, longnet
-from dilated_attention_pytorch.plans import DensePlan, Plan, StridedPlan, candidate_plans
+from dilated_attention_pytorch.plans import DensePlan, Plan, StridedPlan, TilePlan, candidate_plans
 from dilated_attention_pytorch.problem import Problem, Run, positions_tensor
 from dilated_attention_pytorch.testing.cases import CASES, Case
 from dilated_attention_pytorch.testing.truth import Result, plain, truth
@@ -79,8 +79,8 @@ def check_case(
     """All laws for one case in one dtype, added to the report."""
     problem = case.problem(dtype, device)
     name = f"{case.name} {str(dtype).removeprefix('torch.')}"
-    check_plans(problem, case.pattern, name)
-    plan, against = reasons(backend, problem, candidate_plans(case.pattern, problem))
+    check_plans(plans_for(backend, problem, case.pattern), problem, case.pattern, name)
+    plan, against = reasons(backend, problem, plans_for(backend, problem, case.pattern))
     if plan is None:
         if not against:
             raise ContractViolation(f"{name}: {backend.name} refuses without a reason")
@@ -96,16 +96,21 @@ def check_case(
             report.checked += 3
 
 
+def plans_for(backend: Backend, problem: Problem, pattern: Pattern) -> tuple[Plan, ...]:
+    """Every plan for the problem, of all kinds that the backend walks."""
+    return candidate_plans(pattern, problem, tiles=TilePlan in backend.plans)
+
+
 def plan_of(backend: Backend, problem: Problem, pattern: Pattern, kind: type[Plan] = Plan) -> Plan | None:
     """The first plan of this kind that the backend does not refuse, or None."""
-    plans = tuple(plan for plan in candidate_plans(pattern, problem) if isinstance(plan, kind))
+    plans = tuple(plan for plan in plans_for(backend, problem, pattern) if isinstance(plan, kind))
     return reasons(backend, problem, plans)[0]
 
 
-def check_plans(problem: Problem, pattern: Pattern, name: str) -> None:
+def check_plans(plans: Iterable[Plan], problem: Problem, pattern: Pattern, name: str) -> None:
     """Law 7: every plan, expanded without a kernel, gives exactly the pattern's counts."""
-    for plan in candidate_plans(pattern, problem):
-        expected = counts(problem, pattern)
+    expected = counts(problem, pattern)
+    for plan in plans:
         found = plan.expand(problem)
         if found.shape != expected.shape or not torch.equal(found, expected):
             raise ContractViolation(f"law 7, {name}: {type(plan).__name__} does not expand to the pattern's counts")
@@ -136,7 +141,7 @@ def check_values(backend: Backend, problem: Problem, pattern: Pattern, name: str
     limits = None
     if problem.q.dtype not in LIMITS:
         limits = plain(problem, pattern, dout, dlse).errors(expected, dout)
-    for plan in candidate_plans(pattern, problem):
+    for plan in plans_for(backend, problem, pattern):
         if reasons(backend, problem, (plan,))[0] is None:
             continue
         inputs = [x for x in (problem.q, problem.k, problem.v, problem.bias, dout, dlse) if x is not None]
@@ -392,7 +397,7 @@ def check_large_offsets(backend: Backend, device: torch.device | str, report: Co
     """Law 6: rows past element 2^31 are right. The memory between the rows is never touched, on a CPU never real."""
     apart, d = 1 << 30, 8  # rows at elements 0, 2^30, 2^31
     whole = Case("large_offsets", Causal(), batch=1, query_length=3, num_heads=2).problem(torch.bfloat16, device)
-    plan, against = reasons(backend, whole, candidate_plans(Causal(), whole))
+    plan, against = reasons(backend, whole, plans_for(backend, whole, Causal()))
     if plan is None:
         report.refused["large_offsets"] = tuple(against)
         return

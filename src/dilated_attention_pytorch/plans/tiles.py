@@ -1,0 +1,332 @@
+"""A pattern as tables of tiles: which blocks of keys each block of queries visits, and with which counts.
+
+Any pattern on any positions has this form. Blocks are found from coarse to fine by bounds on the counts, so empty
+regions are never visited; only tiles whose counts are not all equal are looked at pair by pair.
+
+Legend: Q query blocks, K key blocks, W the longest list of a block, T distinct partial tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.patterns import Pattern
+from dilated_attention_pytorch.patterns.base import Block, Index
+from dilated_attention_pytorch.plans.base import Plan
+from dilated_attention_pytorch.problem import Problem, positions_tensor
+
+BLOCK_SIZE = (128, 64)
+"""Query rows and key rows of a tile."""
+FAN = 8
+"""A region of blocks is cut in so many parts per side, from the whole down to single tiles."""
+PARTIAL_PAIRS = 1 << 30
+"""A pattern with more pairs in partial tiles gets no tables: reading its counts would cost more than it saves."""
+TABLE_BYTES = 1 << 28
+"""The most that distinct partial tiles may take."""
+_CHUNK_PAIRS = 1 << 22
+
+
+class TileLists(NamedTuple):
+    """For each block of one side, its tiles: how many, which blocks of the other side, and a number for each.
+
+    ``num`` (B or 1, H or 1, blocks); ``idx`` and ``value`` (B or 1, H or 1, blocks, W), ascending, then zeros; int32.
+    """
+
+    num: Tensor
+    idx: Tensor
+    value: Tensor
+
+    def to(self, device: torch.device) -> TileLists:
+        """The same lists on a device."""
+        return TileLists(*(x.to(device) for x in self))
+
+
+@dataclass(frozen=True, eq=False)
+class TilePlan(Plan):
+    """Tables ``(B or 1, H or 1, ...)`` of the tiles that are not empty, by query block and transposed by key block.
+
+    Blocks are ``block_size`` rows (queries, keys) in row order; the last may be ragged. A *full* tile has one positive
+    count c throughout: its logits gain ln c. A *partial* tile names its entry of `counts`, which equal tiles share.
+    ``kv_num, kv_idx`` and ``full_num, full_idx`` are the tables that ``BlockMask.from_kv_blocks`` takes.
+    """
+
+    block_size: tuple[int, int]
+    kv_num: Tensor  # (.., Q)
+    kv_idx: Tensor  # (.., Q, W)
+    kv_table: Tensor  # (.., Q, W), places in counts
+    full_num: Tensor
+    full_idx: Tensor
+    full_count: Tensor  # (.., Q, W), the count of each full tile
+    q_num: Tensor  # (.., K): the same by key block
+    q_idx: Tensor
+    q_table: Tensor
+    full_q_num: Tensor
+    full_q_idx: Tensor
+    full_q_count: Tensor
+    counts: Tensor  # (T, block of queries, block of keys) uint8, 0 past the ragged edge and on padded keys
+
+    def expand(self, problem: Problem) -> Tensor:
+        (bq, bk), (nq, nk) = self.block_size, (problem.query_length, problem.key_length)
+        b, h, q_blocks = self.kv_num.shape
+        k_blocks = self.q_num.shape[2]
+        whole = torch.zeros((b, h, q_blocks, k_blocks, bq, bk), dtype=torch.int64, device=self.counts.device)
+        for at, table in _entries(self.kv_num, self.kv_idx, self.kv_table):
+            whole[at] += self.counts[table]
+        for at, count in _entries(self.full_num, self.full_idx, self.full_count):
+            whole[at] += count.view(-1, 1, 1)
+        rows = whole.permute(0, 1, 2, 4, 3, 5).reshape(b, h, q_blocks * bq, k_blocks * bk)[:, :, :nq, :nk]
+        return rows.expand(problem.batch, problem.num_heads, nq, nk)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that are visited, over the samples and heads of the tables."""
+        return int(self.kv_num.sum()) + int(self.full_num.sum())
+
+    @property
+    def density(self) -> float:
+        """Share of all tiles that are visited."""
+        return self.num_tiles / max(1, self.kv_num.numel() * self.q_num.shape[2])
+
+    def issued_pairs(self, problem: Problem) -> int:
+        repeats = problem.batch * problem.num_heads // max(1, self.kv_num.shape[0] * self.kv_num.shape[1])
+        return repeats * self.num_tiles * self.block_size[0] * self.block_size[1]
+
+    def describe(self, problem: Problem) -> str:
+        size = f"{self.block_size[0]} x {self.block_size[1]}"
+        share = f"{100 * self.density:.3g} % of them visited"
+        return f"tiles: blocks of {size}, {share}, {self.counts.shape[0]} distinct partial ones"
+
+
+def _entries(num: Tensor, idx: Tensor, value: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """((sample, head, row block, column block), value) of all entries of a table, as one item if there are any."""
+    held = torch.arange(idx.shape[-1], device=idx.device) < num.unsqueeze(-1)
+    if bool(held.any()):
+        b, h, row, _ = held.nonzero(as_tuple=True)
+        yield (b, h, row, idx[held].long()), value[held].long()
+
+
+class _Tiles(NamedTuple):
+    """A list of tiles; every field has one number for each."""
+
+    sample: Tensor
+    head: Tensor
+    q: Tensor
+    k: Tensor
+
+    def take(self, which: Tensor) -> _Tiles:
+        return _Tiles(*(x[which] for x in self))
+
+
+def tile_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> TilePlan | None:
+    """The tile plan of a pattern, or None when its tables would be too large or a count does not fit in 8 bits.
+
+    Example:
+        >>> import torch
+        >>> from dilated_attention_pytorch import Causal
+        >>> from dilated_attention_pytorch.problem import make_problem
+        >>> q = torch.zeros(1, 512, 2, 8)
+        >>> plan = tile_plan(Causal(), make_problem(q, q, q, scale=1.0, query_start=0), block_size=(128, 128))
+        >>> plan.full_num.tolist(), plan.kv_idx.flatten().tolist(), plan.counts.shape
+        ([[[0, 1, 2, 3]]], [0, 1, 2, 3], torch.Size([1, 128, 128]))
+    """
+    q_at, k_at = positions_tensor(problem.query_positions), positions_tensor(problem.key_positions)
+    heads = problem.num_heads if pattern.varies_by_head else 1
+    batched = problem.key_lengths is not None or any(t.dim() > 1 and t.shape[0] > 1 for t in pattern.tables)
+    samples = problem.batch if batched else 1
+    reader = _Reader(pattern, problem, q_at, k_at)
+    tiles, count = _find(reader, samples, heads, block_size)  # count is 0 where the tile is not known to be full
+    unsure = count == 0
+    examples, alike = reader.examples(tiles.take(unsure), block_size)
+    if len(examples.q) * block_size[0] * block_size[1] > PARTIAL_PAIRS:
+        return None
+    read = _read_partial(reader, examples, block_size)
+    if read is None:
+        return None
+    count[unsure] = read.uniform[alike]  # 0: empty after all, above 0: full, -1: partial
+    table = torch.zeros_like(count)
+    table[unsure] = read.table[alike]
+    lists = []
+    for by_key, at, size in ((False, q_at, block_size[0]), (True, k_at, block_size[1])):
+        shape = (samples, heads, -(-len(at) // size))
+        for chosen, value in ((count < 0, table), (count > 0, count)):
+            lists.append(_lists(tiles.take(chosen), value[chosen], by_key, shape))
+    device = problem.q.device if problem.q.device.type != "meta" else torch.device("cpu")
+    kv, full, q, full_q = (x.to(device) for x in lists)
+    return TilePlan(pattern, block_size, *kv, *full, *q, *full_q, read.counts.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """Bounds and counts of a pattern at the problem's rows, padding included, for lists of tiles."""
+
+    pattern: Pattern
+    problem: Problem
+    q_at: Tensor
+    k_at: Tensor
+
+    def bounds(self, tiles: _Tiles, q: Block, k: Block) -> tuple[Tensor, Tensor]:
+        """Least and greatest count of each tile; ``q`` and ``k`` hold the blocks that tiles name."""
+        mine, other = (Block(*(x[i] for x in side)) for side, i in ((q, tiles.q), (k, tiles.k)))
+        given = self.pattern.count_bounds(tiles.head, self.problem.num_heads, mine, other)
+        low, high = (self._of_sample(x, tiles.sample) for x in given)
+        if self.problem.key_lengths is not None:
+            visible = torch.tensor(self.problem.key_lengths)[tiles.sample]
+            low, high = low * (other.high < visible), high * (other.low < visible)
+        return low, high
+
+    def _of_sample(self, x: Index, sample: Tensor) -> Tensor:
+        x = torch.as_tensor(x)
+        if x.dim() == 4:  # (B, 1, 1, tiles)
+            x = x.expand(-1, 1, 1, len(sample))
+            x = x[sample if x.shape[0] > 1 else torch.zeros_like(sample), 0, 0, torch.arange(len(sample))]
+        return x.expand(len(sample)).long()
+
+    def examples(self, tiles: _Tiles, block_size: tuple[int, int]) -> tuple[_Tiles, Tensor]:
+        """Tiles that stand for all of these, and for each tile the place of the one with equal counts."""
+        period = self.pattern.period
+        if period is None or len(tiles.q) == 0:
+            return tiles, torch.arange(len(tiles.q))
+        (q_low, q_shape), (k_low, k_shape) = (_shapes(at, size) for at, size in zip((self.q_at, self.k_at), block_size))
+        q, k = q_low[tiles.q], k_low[tiles.k]
+        signs = [tiles.head, q % period, k - q, q_shape[tiles.q], k_shape[tiles.k]]
+        if self.problem.key_lengths is not None:
+            span = int((self.k_at.max() - self.k_at.min()).item()) + 1
+            signs.append((torch.tensor(self.problem.key_lengths)[tiles.sample] - k).clamp(0, span))
+        _, places, inverse = np.unique(torch.stack(signs, 1).numpy(), axis=0, return_index=True, return_inverse=True)
+        return tiles.take(torch.from_numpy(places)), torch.from_numpy(inverse.reshape(-1))
+
+    def counts(self, tiles: _Tiles, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Counts of some tiles, int64, 0 past the ragged edge; and where a pair exists: (tiles, *block_size) each."""
+        (q, q_held), (k, k_held) = (
+            self._rows(at, i, size)
+            for at, i, size in ((self.q_at, tiles.q, block_size[0]), (self.k_at, tiles.k, block_size[1]))
+        )
+        q, k, n = q.unsqueeze(2), k.unsqueeze(1), len(tiles.q)
+        found = torch.as_tensor(self.pattern.count(tiles.head.view(-1, 1, 1), self.problem.num_heads, q, k))
+        if found.dim() == 4:  # (B, tiles, ...)
+            found = found.expand(-1, n, *block_size)
+            found = found[tiles.sample if found.shape[0] > 1 else torch.zeros_like(tiles.sample), torch.arange(n)]
+        found = found.expand(n, *block_size).long()
+        if self.problem.key_lengths is not None:
+            found = found * (k < torch.tensor(self.problem.key_lengths)[tiles.sample].view(-1, 1, 1))
+        held = q_held.unsqueeze(2) & k_held.unsqueeze(1)
+        return found * held, held
+
+    @staticmethod
+    def _rows(at: Tensor, blocks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        rows = blocks.view(-1, 1) * size + torch.arange(size)
+        return at[rows.clamp(max=len(at) - 1)], rows < len(at)
+
+
+def _blocks(at: Tensor, size: int) -> Block:
+    """The blocks of ``size`` rows that stand at positions ``at``."""
+    n = at.numpy()
+    starts = np.arange(0, len(n), size)
+    low, high = np.minimum.reduceat(n, starts), np.maximum.reduceat(n, starts)
+    step = np.gcd.reduceat(n - np.repeat(low, np.diff([*starts, len(n)])), starts)
+    return Block(*(torch.from_numpy(x) for x in (low, high, step)))
+
+
+def _shapes(at: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The lowest position of each block, and a number that blocks share whose rows stand alike above it."""
+    n = -(-len(at) // size)
+    rows = torch.full((n * size,), -1)
+    rows[: len(at)] = at
+    rows = rows.view(n, size)
+    low = torch.where(rows < 0, rows.max() + 1, rows).amin(1)
+    above = torch.where(rows < 0, -1, rows - low.view(-1, 1))
+    return low, torch.from_numpy(np.unique(above.numpy(), axis=0, return_inverse=True)[1].reshape(-1))
+
+
+def _find(reader: _Reader, samples: int, heads: int, block_size: tuple[int, int]) -> tuple[_Tiles, Tensor]:
+    """The tiles that may hold a pair, by sample, head, query block, key block; the count of the full ones, else 0."""
+    lengths = (len(reader.q_at), len(reader.k_at))
+    if min(lengths) == 0:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return _Tiles(nothing, nothing, nothing, nothing), nothing
+    fans = [1]
+    while any(-(-n // (size * fans[-1])) > 2 * FAN for n, size in zip(lengths, block_size)):
+        fans.append(fans[-1] * FAN)
+    sides = [[_blocks(at, size * fan) for at, size in zip((reader.q_at, reader.k_at), block_size)] for fan in fans]
+    grid = (samples, heads, *(len(side.low) for side in sides[-1]))
+    tiles = _Tiles(*(x.flatten() for x in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")))
+    for level in range(len(fans) - 1, -1, -1):
+        q, k = sides[level]
+        low, high = reader.bounds(tiles, q, k)
+        kept = high > 0
+        tiles, low, high = tiles.take(kept), low[kept], high[kept]
+        if level > 0:
+            tiles = _children(tiles, *(len(side.low) for side in sides[level - 1]))
+    order = np.lexsort([x.numpy() for x in (tiles.k, tiles.q, tiles.head, tiles.sample)])
+    sorted_by = torch.from_numpy(order)
+    return tiles.take(sorted_by), torch.where(low == high, low, 0)[sorted_by]
+
+
+def _children(tiles: _Tiles, q_blocks: int, k_blocks: int) -> _Tiles:
+    part = torch.arange(FAN)
+    q = (tiles.q.view(-1, 1, 1) * FAN + part.view(-1, 1)).expand(-1, FAN, FAN).flatten()
+    k = (tiles.k.view(-1, 1, 1) * FAN + part).expand(-1, FAN, FAN).flatten()
+    sample, head = (x.repeat_interleave(FAN * FAN) for x in (tiles.sample, tiles.head))
+    return _Tiles(sample, head, q, k).take((q < q_blocks) & (k < k_blocks))
+
+
+class _Partial(NamedTuple):
+    """For each tile its place in the distinct `counts`, and -1, or the one count that it turned out to have."""
+
+    table: Tensor
+    counts: Tensor
+    uniform: Tensor
+
+
+def _read_partial(reader: _Reader, tiles: _Tiles, block_size: tuple[int, int]) -> _Partial | None:
+    """The counts of tiles that bounds could not settle, or None when they are too many or too large."""
+    n, size = len(tiles.q), block_size[0] * block_size[1]
+    words = torch.from_numpy(np.random.default_rng(0).integers(-(2**62), 2**62, (size, 2), dtype=np.int64))
+    codes, uniform = np.zeros(n, dtype="V16"), torch.full((n,), -1)
+    known, distinct, held_bytes = np.zeros(0, dtype="V16"), [torch.zeros((0, size), dtype=torch.uint8)], 0
+    for first in range(0, n, max(1, _CHUNK_PAIRS // size)):
+        part = slice(first, first + max(1, _CHUNK_PAIRS // size))
+        counts, held = (x.flatten(1) for x in reader.counts(tiles.take(torch.arange(n)[part]), block_size))
+        low, high = torch.where(held, counts, 256).amin(1), counts.amax(1)
+        if bool((high > 255).any()):
+            return None
+        uniform[part] = torch.where(low == high, high, -1)
+        mixed = low < high
+        code = torch.stack([(counts * word).sum(1) for word in words.unbind(1)], 1)[mixed].numpy().view("V16")[:, 0]
+        codes[part][mixed.numpy()] = code
+        new, places = np.unique(code, return_index=True)
+        places = places[~np.isin(new, known)]
+        known = np.concatenate([known, code[places]])
+        distinct.append(counts[mixed][torch.from_numpy(places)].to(torch.uint8))
+        held_bytes += distinct[-1].numel()
+        if held_bytes > TABLE_BYTES:
+            return None
+    order = np.argsort(known)
+    table = torch.zeros(n, dtype=torch.int64)
+    mixed = uniform < 0
+    table[mixed] = torch.from_numpy(order[np.searchsorted(known[order], codes[mixed.numpy()])])
+    return _Partial(table, torch.cat(distinct).view(-1, *block_size), uniform)
+
+
+def _lists(rows: _Tiles, value: Tensor, by_key: bool, shape: tuple[int, int, int]) -> TileLists:
+    """Padded lists by query block, or by key block, of tiles; ``shape`` is (samples, heads, blocks of that side)."""
+    row, column = (rows.k, rows.q) if by_key else (rows.q, rows.k)
+    flat = (rows.sample * shape[1] + rows.head) * shape[2] + row
+    if by_key:
+        order = torch.argsort(flat, stable=True)  # columns stay ascending
+        flat, column, value = flat[order], column[order], value[order]
+    num = torch.bincount(flat, minlength=shape[0] * shape[1] * shape[2])
+    width = int(num.max()) if num.numel() else 0
+    place = torch.arange(len(flat)) - (num.cumsum(0) - num)[flat]
+    tables = []
+    for given in (column, value):
+        table = torch.zeros((len(num), width), dtype=torch.int32)
+        table[flat, place] = given.to(torch.int32)
+        tables.append(table.view(*shape, width))
+    return TileLists(num.to(torch.int32).view(shape), *tables)
