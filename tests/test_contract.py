@@ -18,7 +18,7 @@ from dilated_attention_pytorch.testing.contract import DTYPES, check_case, check
 
 # What the fused kernels cannot do, and patterns without a closed form.
 NO_SDPA = ("bias", "score", "slopes", "table", "softcap", "dropout", "values_")
-NO_CLOSED_FORM = ("product_of_grids", "documents_cut_grid", "documents_summed")
+NO_CLOSED_FORM = ("long-product", "long-documents", "product_of_grids", "documents_cut_grid", "documents_summed")
 
 
 def _refusable(name: str) -> bool:
