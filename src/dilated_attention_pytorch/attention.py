@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.backends import Gradients, check_backend_name, select
+from dilated_attention_pytorch.backends import Gradients, check_backend_name, needs_tiles, select
 from dilated_attention_pytorch.compat import NO_COMPAT, TorchscaleCompat, appended_rows, branch_patterns
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.merging import merge
@@ -148,7 +148,7 @@ def forward(
     pattern.check(problem)
     if problem.q.numel() == 0 or problem.v.numel() == 0:
         return _nothing_seen(problem)
-    chosen, plan = select(problem, candidate_plans(pattern, problem), backend)
+    chosen, plan = select(problem, candidate_plans(pattern, problem, needs_tiles(backend)), backend)
     with torch.profiler.record_function(f"dilated_attention_pytorch::{chosen.name}::forward"):
         out, lse = chosen.forward(problem, plan)
     if compat.zero_keys:
@@ -172,7 +172,7 @@ def backward(
         dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
         return Gradients(dq, dk, dv, None if problem.bias is None else torch.zeros_like(problem.bias))
     if not compat.detach_mixing:
-        chosen, plan = select(problem, candidate_plans(pattern, problem), backend)
+        chosen, plan = select(problem, candidate_plans(pattern, problem, needs_tiles(backend)), backend)
         with torch.profiler.record_function(f"dilated_attention_pytorch::{chosen.name}::backward"):
             return chosen.backward(problem, plan, dout, dlse, out, lse)
     if dlse is not None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dilated_attention_pytorch import Causal, InvalidInput, NoBackend, Softcap, longnet
+from dilated_attention_pytorch import Causal, InvalidInput, NoBackend, Softcap, attend, backends, longnet
 from dilated_attention_pytorch.backends import BACKENDS, DenseBackend, SdpaBackend, reasons, select
-from dilated_attention_pytorch.plans import DensePlan, StridedPlan, candidate_plans
+from dilated_attention_pytorch.plans import DensePlan, StridedPlan, TilePlan, candidate_plans
 from dilated_attention_pytorch.problem import make_problem
 
 GRIDS = longnet([4], [2]) & longnet([6], [3])  # a product without closed form
@@ -88,3 +88,15 @@ def test_names_are_unique_and_reasons_are_pure():
     for backend in BACKENDS:
         for plan in candidate_plans(Causal(), problem):
             assert backend.reasons_against(problem, plan) == backend.reasons_against(problem, plan)
+
+
+class _TilesOnly(DenseBackend):
+    name = "tiles_only"
+    plans = (TilePlan,)
+
+
+def test_a_backend_that_walks_tiles_only_gets_them(monkeypatch):
+    monkeypatch.setattr(backends, "BACKENDS", (_TilesOnly(), SdpaBackend()))
+    assert [backends.needs_tiles(name) for name in ("tiles_only", "sdpa", "auto", "unknown")] == [True, *[False] * 3]
+    q = torch.randn(1, 9, 2, 4)
+    assert torch.allclose(attend(q, q, q, Causal(), backend="tiles_only"), attend(q, q, q, Causal()), atol=1e-5)

@@ -6,12 +6,22 @@ from dilated_attention_pytorch.backends.base import Backend, Gradients
 from dilated_attention_pytorch.backends.dense import DenseBackend
 from dilated_attention_pytorch.backends.sdpa import SdpaBackend
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
-from dilated_attention_pytorch.plans import Plan
+from dilated_attention_pytorch.plans import Plan, StridedPlan, TilePlan
 from dilated_attention_pytorch.problem import Problem
 
 BACKENDS: tuple[Backend, ...] = (SdpaBackend(), DenseBackend())
 
-__all__ = ["BACKENDS", "Backend", "DenseBackend", "Gradients", "SdpaBackend", "check_backend_name", "reasons", "select"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "DenseBackend",
+    "Gradients",
+    "SdpaBackend",
+    "check_backend_name",
+    "needs_tiles",
+    "reasons",
+    "select",
+]
 
 
 def check_backend_name(name: str) -> None:
@@ -19,6 +29,11 @@ def check_backend_name(name: str) -> None:
     names = ("auto", *(b.name for b in BACKENDS))
     if name not in names:
         raise InvalidInput(f"attend: expected backend to be one of {', '.join(map(repr, names))}. Got {name!r}.")
+
+
+def needs_tiles(name: str) -> bool:
+    """Whether the backend of this name walks tables of tiles but no strided plan, so that they must be made for it."""
+    return any(b.name == name and TilePlan in b.plans and StridedPlan not in b.plans for b in BACKENDS)
 
 
 def reasons(backend: Backend, problem: Problem, plans: tuple[Plan, ...]) -> tuple[Plan | None, list[str]]:
@@ -40,8 +55,16 @@ def reasons(backend: Backend, problem: Problem, plans: tuple[Plan, ...]) -> tupl
 
 
 def select(problem: Problem, plans: tuple[Plan, ...], name: str = "auto") -> tuple[Backend, Plan]:
-    """The backend of this name, or the first that can, with the plan it walks; NoBackend with all reasons otherwise."""
+    """The backend of this name, or the fastest that can, with the plan it walks; NoBackend with all reasons otherwise.
+
+    The fastest is what was measured for such problems (`backends.tuning`); where nothing was, the first of BACKENDS.
+    """
     check_backend_name(name)
+    measured, _ = ranking(problem, plans, BACKENDS)
+    for choice in (m.choice for m in measured if name in ("auto", m.choice.backend)):
+        chosen = _chosen(choice, problem, plans)
+        if chosen is not None:
+            return chosen
     tried = []
     for backend in BACKENDS:
         if name not in ("auto", backend.name):
@@ -51,3 +74,14 @@ def select(problem: Problem, plans: tuple[Plan, ...], name: str = "auto") -> tup
             return backend, plan
         tried.append(f"{backend.name}: {'; '.join(against)}")
     raise NoBackend("attend: no backend can compute this. " + " | ".join(tried))
+
+
+def _chosen(choice: Choice, problem: Problem, plans: tuple[Plan, ...]) -> tuple[Backend, Plan] | None:
+    """The backend and plan of a measured choice, or None when this problem has no such plan or reasons against it."""
+    backend = next(b for b in BACKENDS if b.name == choice.backend)
+    if backend.options != choice.options:
+        backend = type(backend)(choice.options)
+    if choice.plan == TilePlan.__name__ and not any(isinstance(plan, TilePlan) for plan in plans):
+        plans = candidate_plans(plans[0].pattern, problem, tiles=True)  # made only on request
+    plan, _ = reasons(backend, problem, tuple(p for p in plans if type(p).__name__ == choice.plan))
+    return None if plan is None else (backend, plan)
