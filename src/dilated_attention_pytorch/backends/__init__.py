@@ -5,8 +5,9 @@ from __future__ import annotations
 from dilated_attention_pytorch.backends.base import Backend, Gradients
 from dilated_attention_pytorch.backends.dense import DenseBackend
 from dilated_attention_pytorch.backends.sdpa import SdpaBackend
+from dilated_attention_pytorch.backends.tuning import Choice, ranking
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
-from dilated_attention_pytorch.plans import Plan, StridedPlan, TilePlan
+from dilated_attention_pytorch.plans import Plan, StridedPlan, TilePlan, candidate_plans
 from dilated_attention_pytorch.problem import Problem
 
 BACKENDS: tuple[Backend, ...] = (SdpaBackend(), DenseBackend())
