@@ -28,8 +28,8 @@ class Entries(NamedTuple):
     segment: Ints  # w, at least 1, at most the whole length
     rate: Ints
     offset: Ints
-    causal: Ints  # 0 or 1
-    window: Ints  # above every distance when there is none
+    behind: Ints  # tokens that a row sees before its own position
+    ahead: Ints  # and after it
 
 
 class Strips(NamedTuple):
@@ -207,19 +207,17 @@ def _kinds(entries: Entries, joins: npt.NDArray[np.bool_], phases: Ints, spans: 
     group = phase * len(where) + group.reshape(-1)
     order = np.argsort(group, kind="stable")
     names, first, size = np.unique(group[order], return_index=True, return_counts=True)
-    which, nth = np.nonzero(sets)
+    nth = np.nonzero(sets)[1]
     entries_of = sets.sum(1)
     of_set = names % len(where)
     starts = np.cumsum(entries_of) - entries_of
     return _Kinds(y[order], nth, names // len(where), first, size, starts[of_set], entries_of[of_set])
 
 
-def make_tiles(
-    groups: Groups, entries: Entries, partners: tuple[int, int], block: tuple[int, int], by_keys: bool
-) -> Tiles:
+def make_tiles(groups: Groups, entries: Entries, partners: tuple[int, int], block: tuple[int, int]) -> Tiles:
     """Tiles of ``block[0]`` rows of every group, and how many partner slots each visits.
 
-    ``partners`` are the absolute positions of the other side, half-open. ``by_keys`` says that rows are keys.
+    ``partners`` are the absolute positions of the other side, half-open.
     """
     group, first = ragged(-(-groups.rows // block[0]))
     first = first * block[0]
@@ -229,33 +227,28 @@ def make_tiles(
     tile, nth = ragged(groups.entries[group])
     entry = groups.entry_list[groups.entry_first[group[tile]] + nth]
     span = (np.maximum(partners[0] - origin, 0)[tile], np.minimum(partners[1], groups.end[group])[tile] - origin[tile])
-    slots = visited_slots(low[tile], high[tile], Entries(*(x[entry] for x in entries)), span, block[1], by_keys)
+    slots = visited_slots(low[tile], high[tile], Entries(*(x[entry] for x in entries)), span, block[1])
     visited = np.zeros(len(group), dtype=np.int64)
     np.add.at(visited, tile, slots)
     return Tiles(group, first, visited)
 
 
-def visited_slots(
-    first: Ints, last: Ints, entries: Entries, span: tuple[Ints, Ints], block: int, by_keys: bool
-) -> Ints:
+def visited_slots(first: Ints, last: Ints, entries: Entries, span: tuple[Ints, Ints], block: int) -> Ints:
     """Partner slots, whole blocks in each segment, that rows from place ``first`` to ``last`` walk for one entry each.
 
-    ``span`` are the places of the partners that exist; causal and windowed entries walk only what some row can see.
+    ``span`` are the places of the partners that exist; only what some row can see is walked.
     """
     w, r, c = entries.segment, entries.rate, entries.offset
-    low = np.maximum(span[0], first - entries.window + 1)
-    high = np.minimum(span[1], last + entries.window)
-    if by_keys:
-        low = np.where(entries.causal > 0, np.maximum(low, first), low)
-    else:
-        high = np.where(entries.causal > 0, np.minimum(high, last + 1), high)
+    low = np.maximum(span[0], first - entries.behind)
+    high = np.minimum(span[1], last + entries.ahead + 1)
     s_low, s_high = np.maximum(low, first) // w, np.minimum(high - 1, last) // w
 
     def inside(segment: Ints) -> Ints:
         a = np.maximum(low - segment * w - c, 0)
         b = np.minimum(high - segment * w, w) - c
         places = np.maximum(-(-b // r) - -(-a // r), 0)
-        return -(-places // block) * block
+        rounded: Ints = -(-places // block) * block
+        return rounded
 
     whole = -(-np.maximum(-(-(w - c) // r), 0) // block) * block
     slots = inside(s_low) + np.where(s_high > s_low, inside(s_high), 0) + np.maximum(s_high - s_low - 1, 0) * whole

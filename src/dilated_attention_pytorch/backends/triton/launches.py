@@ -8,16 +8,17 @@ Every table holds absolute positions: row i of q stands at ``query_positions[0].
     tile (T, 4): head, group, first row inside the group, sample. Heaviest first; inside a weight, samples then heads
         slowest. The head is a query head in query launches, a key-value head in key launches. A program of a tile works
         for sample ``sample + program_id(1)``, and axis 1 of the grid is `samples`.
-    group (G, 9): base, first residue, number of residues, rows, first of its branch list, number of branches, origin
-        and end of its document (positions, half-open; the whole length without documents), and period. Row i stands at
-        ``base + i // residues * period + residue[first + i % residues]``. Segments, grids, causality and windows count
-        from origin; visible keys lie in [origin, end). No branches: the rows see nothing. Rows past the last document
-        are such groups.
-    branch_list: entries of the groups. Query launches: branch numbers. Key launches: ``query head inside the kv group *
-        number of branches + branch``, so that a tile of keys serves every query head of its kv head.
-    branch (NB, 4): w, r, 1 if causal, window. A segment without end has w = the whole length; without a window the
-        window exceeds every distance.
-    offset (H, NB): the place of a query head's grid in each branch, -1 where it does not run the branch.
+    group (G, 8): base, first residue, number of residues, rows, period, first of its branch list, number of branches,
+        first position of its document (0 without documents). Row i of a group, ascending, stands at
+        ``base + i // residues * period + residue[first residue + i % residues]``. A group lies in one document. Without
+        branches its rows see nothing; rows past the last document are such groups.
+    branch_list: which branches a group's rows are on, as columns of `offset`. In key launches an entry is ``query head
+        inside the kv group * n + column``: a tile of keys serves every query head of its kv head.
+    branch (n, 4), of the n branches of this launch: w, r, and how many tokens a query sees behind it and ahead of it.
+        What has no bound stands as the whole length, which exceeds every distance.
+    offset (H, n): the place of a query head's grid in each of these branches, -1 where it does not run the branch.
+
+A kernel may read branches from positions alone and use groups only to find rows: the lists say what the planner meant.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Table = npt.NDArray[np.int32]
 
 MOST_ROWS = 2**31 - 1
 """Positions must fit int32 tables; a problem that reaches further has no launches."""
-GROUP_COLUMNS = 9
+GROUP_COLUMNS = 8
 BLOCK_OVERHEAD = 256
 """What starting and storing a tile costs, in partner slots (an estimate)."""
 GRID_LIMIT = 65535
@@ -136,9 +137,16 @@ def query_launches(
     return tuple(_launch(layout, tuple(part), block, carry=i > 0) for i, part in enumerate(split))
 
 
-def key_launch(layout: Layout, block: tuple[int, int]) -> Launch:
-    """The one launch that gives every key row all its queries: dk and dv. ``block`` is (keys, query rows) of a step."""
-    return _list_launch(layout, tuple(range(len(layout.branches))), block, carry=False, by_keys=True)
+def key_launches(
+    layout: Layout, block: tuple[int, int], split: Sequence[Sequence[int]] | None = None
+) -> tuple[Launch, ...]:
+    """Launches that together give every key row all its queries: dk and dv. All are tile lists.
+
+    ``block`` is (keys, query rows) of a step; otherwise as `query_launches`.
+    """
+    split = [range(len(layout.branches))] if split is None else split
+    parts = (tuple(part) for part in split)
+    return tuple(_list_launch(layout, part, block, carry=i > 0, by_keys=True) for i, part in enumerate(parts))
 
 
 def _launch(layout: Layout, part: tuple[int, ...], block: tuple[int, int], carry: bool) -> Launch:
@@ -146,29 +154,30 @@ def _launch(layout: Layout, part: tuple[int, ...], block: tuple[int, int], carry
     return _list_launch(layout, part, block, carry) if one is None else one
 
 
-def branch_tables(layout: Layout) -> tuple[Table, Table]:
-    """The tables ``branch`` (NB, 4) and ``offset`` (H, NB)."""
-    end, rows, offsets = layout.end, [], np.full((layout.num_heads, len(layout.branches)), -1, dtype=np.int32)
-    for i, b in enumerate(layout.branches):
+def branch_tables(layout: Layout, part: Sequence[int]) -> tuple[Table, Table]:
+    """The tables ``branch`` (n, 4) and ``offset`` (H, n) of the branches that ``part`` names."""
+    end, rows, offsets = layout.end, [], np.full((layout.num_heads, len(part)), -1, dtype=np.int32)
+    for column, number in enumerate(part):
+        b = layout.branches[number]
         segment = end if b.segment_length is None else min(b.segment_length, end)
-        rows.append((segment, b.dilation_rate, int(b.is_causal), end if b.window is None else min(b.window, end)))
+        behind = end if b.window is None else min(b.window - 1, end)
+        rows.append((segment, b.dilation_rate, behind, 0 if b.is_causal else behind))
         first, last = b.head_range(layout.num_heads)
-        offsets[first:last, i] = [int(b.offset(h, layout.num_heads)) for h in range(first, last)]
+        offsets[first:last, column] = [int(b.offset(h, layout.num_heads)) for h in range(first, last)]
     return np.array(rows, dtype=np.int32).reshape(-1, 4), offsets
 
 
-def _head_entries(layout: Layout, part: tuple[int, ...], by_keys: bool) -> list[tuple[list[int], Entries]]:
+def _head_entries(layout: Layout, part: Sequence[int], by_keys: bool) -> list[tuple[list[int], Entries]]:
     """Heads of the tiles grouped by their entries: heads whose grids coincide share tables."""
-    branch, offset = branch_tables(layout)
+    branch, offset = branch_tables(layout, part)
     size = layout.kv_group if by_keys else 1
     classes: dict[bytes, tuple[list[int], Entries]] = {}
-    chosen = np.array(part, dtype=np.int64)
     for head in range(layout.num_heads // size):
-        places = offset[head * size : (head + 1) * size][:, chosen].astype(np.int64)
+        places = offset[head * size : (head + 1) * size].astype(np.int64)
         local, column = np.nonzero(places >= 0)
-        number = local * len(branch) + chosen[column]
-        w, r, causal, window = branch[chosen[column]].T.astype(np.int64)
-        entries = Entries(number, w, r, places[local, column], causal, window)
+        w, r, behind, ahead = branch[column].T.astype(np.int64)
+        seen = (ahead, behind) if by_keys else (behind, ahead)
+        entries = Entries(local * len(branch) + column, w, r, places[local, column], *seen)
         classes.setdefault(places.tobytes(), ([], entries))[0].append(head)
     return list(classes.values())
 
@@ -186,7 +195,7 @@ def _list_launch(
         for heads, entries in _head_entries(layout, part, by_keys):
             groups = make_groups(entries, strips)
             groups = groups.occupied() if carry else groups
-            tiles = make_tiles(groups, entries, partners, block, by_keys)
+            tiles = make_tiles(groups, entries, partners, block)
             same = np.zeros_like(tiles.group)
             tables[0] += [np.stack([same + h, tiles.group + at, tiles.first, same + sample], 1) for h in heads]
             tables[1].append(_group_table(groups, residue_at, list_at))
@@ -206,7 +215,7 @@ def _list_launch(
         np.concatenate(tables[1]).astype(np.int32),
         _never_empty(np.concatenate(residues)),
         _never_empty(np.concatenate(lists)),
-        *branch_tables(layout),
+        *branch_tables(layout, part),
         (0, 0, 0),
         visited[order],
     )
@@ -229,46 +238,46 @@ def _never_empty(x: Ints) -> Table:
 
 def _group_table(groups: Groups, residue_at: int, list_at: int) -> Ints:
     g = groups
-    columns = (g.base, g.residue_first + residue_at, g.residues, g.rows, g.entry_first + list_at, g.entries)
-    return np.stack([*columns, g.origin, g.end, np.full_like(g.base, g.period)], 1)
+    period = np.full_like(g.base, g.period)
+    rows = (g.base, g.residue_first + residue_at, g.residues, g.rows, period)
+    return np.stack([*rows, g.entry_first + list_at, g.entries, g.origin], 1)
 
 
 def _one_launch(layout: Layout, number: int, block: tuple[int, int], carry: bool) -> Launch | None:
     """The launch of one branch on a plain grid, or None where that cannot hold it or would leave rows unwritten."""
-    branch, offset = branch_tables(layout)
-    w, r, causal, window = branch[number].tolist()
-    length = layout.queries[1]
-    segments = -(-length // w)
-    everywhere = r == 1 and bool((offset[:, number] >= 0).all())
-    if layout.bounds is not None or not (carry or everywhere) or layout.queries[0] or layout.keys[0] or not length:
+    branch, offset = branch_tables(layout, (number,))
+    w, r, behind, ahead = branch[0].tolist()
+    low, high = layout.queries
+    everywhere = r == 1 and bool((offset >= 0).all())
+    if layout.bounds is not None or not (carry or everywhere) or low >= high:
         return None
+    first, segments = low // w, (high - 1) // w - low // w + 1
     if max(segments, layout.num_heads * layout.batch) > GRID_LIMIT:
         return None
-    places = -(-min(w, length) // r)
-    tiles = -(-places // block[0])
-    segment, first = np.repeat(np.arange(segments), tiles), np.tile(np.arange(tiles) * block[0], segments)
+    tiles = -(-min(-(-w // r), high) // block[0])
+    if tiles * segments > 2 * (-(-(high - low) // (r * block[0])) + segments):
+        return None  # most tiles would hold no query: a few rows of a long segment
+    start = np.repeat((first + np.arange(segments)) * w, tiles)
+    row = np.tile(np.arange(tiles) * block[0] * r, segments)
     visited = [np.zeros(0, dtype=np.int64)]
-    known: dict[int, Ints] = {}
-    for c in offset[:, number].tolist():
-        if c >= 0 and c not in known:
-            low = segment * w + c + first * r
-            stop = np.minimum(segment * w + w, length)
-            high = np.minimum(low + (block[0] - 1) * r, stop - 1)
-            here = [np.full_like(low, x) for x in (number, w, r, c, causal, window)]
-            slots = visited_slots(low, high, Entries(*here), (0 * low, 0 * low + layout.keys[1]), block[1], False)
-            known[c] = np.where(low < stop, slots, 0)
-        visited += [known[c]] if c >= 0 else []
-    tables = (np.zeros((0, 4), np.int32), np.zeros((0, GROUP_COLUMNS), np.int32), np.zeros(1, np.int32))
+    for c in offset[offset >= 0].tolist():
+        a, b = start + c + row, np.minimum(start + w, high) - 1
+        entries = Entries(*(np.full_like(a, x) for x in (0, w, r, c, behind, ahead)))
+        reach = (np.maximum(a, low), np.minimum(a + (block[0] - 1) * r, b))
+        slots = visited_slots(*reach, entries, (0 * a + layout.keys[0], 0 * a + layout.keys[1]), block[1])
+        visited.append(np.where(reach[0] <= reach[1], slots, 0))
     return Launch(
         "one",
         (number,),
         carry,
         block,
         layout.batch,
-        *tables,
-        np.zeros(1, np.int32),
+        np.zeros((0, 4), np.int32),
+        np.zeros((0, GROUP_COLUMNS), np.int32),
+        _never_empty(visited[0]),
+        _never_empty(visited[0]),
         branch,
         offset,
-        (tiles, 0, segments),
+        (tiles, first, segments),
         np.concatenate(visited),
     )
