@@ -13,6 +13,7 @@ from dilated_attention_pytorch.cli.explain import explain
 from dilated_attention_pytorch.cli.generate import generate
 from dilated_attention_pytorch.cli.info import info
 from dilated_attention_pytorch.cli.train import train
+from dilated_attention_pytorch.cli.tune import tune
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
 
 
@@ -52,5 +53,5 @@ def options(
     show_log(log_level)
 
 
-for command in (train, evaluate, generate, info, explain, bench):
+for command in (train, evaluate, generate, info, explain, tune, bench):
     app.command()(command)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from dilated_attention_pytorch.cli.console import out
 from dilated_attention_pytorch.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -44,13 +47,20 @@ def explain(
         if value < least:
             raise InvalidInput(f"{name} must be at least {least}, got {value}")
     pattern = door.longnet(integers("--segments", segments), integers("--rates", rates))
-    try:
-        one = torch.empty(1, dtype=getattr(torch, dtype), device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidInput(f"--device {device} cannot be used here: {reason}") from error
+    one = torch.empty(1, dtype=getattr(torch, dtype), device=device_of(device))
     x = one.expand(1, seq_len, heads, head_dim)  # a view of one number: only shape, dtype and device are looked at
     out.print(Text(str(door.explain(x, x, x, pattern & door.Causal() if causal else pattern))))
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name. Raises InvalidInput unless tensors can be made on it."""
+    import torch
+
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInput(f"--device {name} cannot be used here: {reason}") from error
 
 
 def integers(name: str, text: str) -> list[int]:

@@ -50,6 +50,8 @@ class Key(NamedTuple):
 def pattern_class(pattern: Pattern) -> str:
     """One of PATTERN_CLASSES: what decides which way is the fastest, besides lengths and dtype.
 
+    Segments come first: packed documents with dilated attention inside are "dilated". Then documents, then windows.
+
     Example:
         >>> from dilated_attention_pytorch import Causal, longnet
         >>> pattern_class(Causal()), pattern_class(longnet([256, 1024], [1, 4]) & Causal())
@@ -58,12 +60,12 @@ def pattern_class(pattern: Pattern) -> str:
     branches = pattern.branches()
     if branches is None:
         return "other"
-    if any(b.documents is not None for b in branches):
-        return "documents"
     rows = [b.segment_length // b.dilation_rate for b in branches if b.segment_length is not None]
     causal = any(b.is_causal for b in branches)
     if rows:
         return f"dilated-{'short' if min(rows) < SHORT_ROWS else 'long'}{'-causal' if causal else ''}"
+    if any(b.documents is not None for b in branches):
+        return "documents"
     if any(b.window is not None for b in branches):
         return "window"
     return "causal" if causal else "full"

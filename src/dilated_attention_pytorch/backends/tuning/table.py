@@ -16,7 +16,7 @@ from dilated_attention_pytorch.plans import DensePlan, Plan
 
 FORMAT = 1
 """The version of the file format."""
-_FARTHEST_LENGTH, _FARTHEST_HEAD_DIM = 2, 1  # steps of a factor of two
+_FARTHEST = 2  # steps of a factor of two
 
 
 class Timing(NamedTuple):
@@ -30,15 +30,23 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to compute: the name of a backend, the name of the kind of plan it walks, its options."""
+    """A way to compute: the name of a backend, the name of the kind of plan it walks, its options.
+
+    Example:
+        >>> from dilated_attention_pytorch.backends.base import NoOptions
+        >>> print(Choice("dense", "DensePlan", NoOptions()))
+        dense dense
+    """
 
     backend: str
     plan: str
     options: Options
 
     def __str__(self) -> str:
-        changed = [f"{f.name}={getattr(self.options, f.name)!r}" for f in fields(self.options)]
-        return " ".join([self.backend, self.plan.removesuffix("Plan").lower(), *changed])
+        usual = type(self.options)()
+        changed = [f.name for f in fields(self.options) if getattr(self.options, f.name) != getattr(usual, f.name)]
+        words = (f"{name}={getattr(self.options, name)!r}" for name in changed)
+        return " ".join([self.backend, self.plan.removesuffix("Plan").lower(), *words])
 
 
 @dataclass(frozen=True)
@@ -70,14 +78,14 @@ class Table:
     library: str = ""
     torch: str = ""
     source: str = "given"
-    _known: dict[Key, Ranking] = field(default_factory=dict, repr=False)
+    _known: dict[Key, Ranking] = field(default_factory=dict, init=False, repr=False)
 
     def nearest(self, key: Key) -> Ranking:
         """The ranking of the key, or of the nearest key that was measured; empty when none is near.
 
-        Pattern class, decoding and training must agree; half types stand for each other. D may be off by a factor of
-        two, the length by four, or by any factor when it is above all that were measured. From shorter lengths dense
-        plans are left out, whose cost grows with the square.
+        Pattern class, decoding and training must agree; half types stand for each other. D and length may be off by a
+        factor of four; a length above all that were measured, by any. From shorter lengths dense plans are left out,
+        whose cost grows with the square.
         """
         found = self.entries.get(key)
         if found is None:
@@ -96,7 +104,7 @@ class Table:
             return k.dtype != key.dtype, steps, k.length < key.length
 
         near = [k for k in same if k.length == longest < key.length]
-        near += [k for k in same if abs(log2(k.length / key.length)) <= _FARTHEST_LENGTH]
+        near += [k for k in same if abs(log2(k.length / key.length)) <= _FARTHEST]
         if not near:
             return ()
         best = min(near, key=distance)
@@ -123,7 +131,7 @@ class Table:
 def _alike(known: Key, key: Key) -> bool:
     half = {"float16", "bfloat16"}
     dtypes = known.dtype == key.dtype or {known.dtype, key.dtype} == half
-    near = abs(log2(known.head_dim / key.head_dim)) <= _FARTHEST_HEAD_DIM
+    near = abs(log2(known.head_dim / key.head_dim)) <= _FARTHEST
     return dtypes and near and known[2] == key[2] and known[4:] == key[4:]
 
 
