@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dilated_attention_pytorch.backends.base import Gradients
-from dilated_attention_pytorch.backends.sdpa.kernels import Kernel
+from dilated_attention_pytorch.backends.kernel import Kernel
 from dilated_attention_pytorch.problem import Problem
 
 
@@ -35,9 +35,9 @@ def masked_backward(
     q, k, v = _heads_first(p, dtype)
     grad, result = (x.to(dtype).transpose(1, 2) for x in (dout, out))
     if dlse is not None:
-        q, k, v, result = (pad(x, (0, 1)) for x in (q, k, v, result))
-        grad = pad(grad, (0, 1), value=1.0)
-        result[..., -1] = -dlse.to(dtype)
+        q, k, v, grad, result = (pad(x, (0, kernel.columns)) for x in (q, k, v, grad, result))
+        grad[..., p.q.shape[3]] = 1
+        result[..., p.q.shape[3]] = -dlse.to(dtype)
     row_lse = lse.masked_fill(_unseen(log_counts), torch.inf)  # exp(logit - inf) is 0: no gradient
     grads = kernel.backward(grad, q, k, v, result, row_lse.contiguous(), p.scale, False, log_counts.to(dtype))
     dq, dk, dv = (x[..., : p.q.shape[3]].transpose(1, 2).contiguous() for x in grads)
