@@ -46,7 +46,7 @@ Table = npt.NDArray[np.int32]
 MOST_ROWS = 2**31 - 1
 """Positions must fit int32 tables; a problem that reaches further has no launches."""
 GROUP_COLUMNS = 8
-BLOCK_OVERHEAD = 256
+TILE_OVERHEAD = 256
 """What starting and storing a tile costs, in partner slots (an estimate)."""
 GRID_LIMIT = 65535
 """CUDA's limit for axes 1 and 2 of a grid."""
@@ -88,7 +88,8 @@ class Layout:
     """What planning reads of a problem: branches, heads, and where rows and keys stand.
 
     ``bounds`` (samples, documents + 1) are document bounds as positions, one row when samples share them, None without
-    documents. ``queries`` and ``keys`` are half-open ranges of positions.
+    documents. ``queries`` and ``keys`` are half-open ranges of positions. ``heads`` are those planned, None for all:
+    estimates look at a few.
     """
 
     branches: tuple[Branch, ...]
@@ -98,6 +99,7 @@ class Layout:
     queries: tuple[int, int]
     keys: tuple[int, int]
     bounds: Ints | None = None
+    heads: tuple[int, ...] | None = None
 
     @property
     def end(self) -> int:
@@ -125,33 +127,51 @@ def layout_of(problem: Problem, branches: tuple[Branch, ...]) -> Layout:
     )
 
 
+def reason_against(layout: Layout, most: int = MOST_ROWS) -> str | None:
+    """Why tables of int32 cannot hold the positions, or None."""
+    if layout.end <= most:
+        return None
+    return f"positions reach {layout.end}, kernel tables hold at most {most}; shard the sequence or use backend='sdpa'"
+
+
 def query_launches(
-    layout: Layout, block: tuple[int, int], split: Sequence[Sequence[int]] | None = None
+    layout: Layout,
+    block: tuple[int, int],
+    split: Sequence[Sequence[int]] | None = None,
+    *,
+    carry: bool = False,
+    only_lists: bool = False,
 ) -> tuple[Launch, ...]:
     """Launches that together give every query row all its branches: forward and dq.
 
     ``block`` is (query rows, keys) of a step. ``split`` names the branches of each launch; None is all in one.
-    A launch of one branch is of kind "one" where that covers what it must; see `Launch`.
+    A launch of one branch is of kind "one" where that covers what it must, unless ``only_lists``; see `Launch`. With
+    ``carry`` the first goes on from what is there, too.
     """
-    split = [range(len(layout.branches))] if split is None else split
-    return tuple(_launch(layout, tuple(part), block, carry=i > 0) for i, part in enumerate(split))
+    launches = []
+    for part in [range(len(layout.branches))] if split is None else split:
+        one = None if only_lists or len(part) != 1 else _one_launch(layout, part[0], block, carry)
+        launches.append(one or _list_launch(layout, tuple(part), block, carry, by_keys=False))
+        carry = True
+    return tuple(launches)
 
 
 def key_launches(
-    layout: Layout, block: tuple[int, int], split: Sequence[Sequence[int]] | None = None
+    layout: Layout,
+    block: tuple[int, int],
+    split: Sequence[Sequence[int]] | None = None,
+    *,
+    carry: bool = False,
 ) -> tuple[Launch, ...]:
     """Launches that together give every key row all its queries: dk and dv. All are tile lists.
 
     ``block`` is (keys, query rows) of a step; otherwise as `query_launches`.
     """
-    split = [range(len(layout.branches))] if split is None else split
-    parts = (tuple(part) for part in split)
-    return tuple(_list_launch(layout, part, block, carry=i > 0, by_keys=True) for i, part in enumerate(parts))
-
-
-def _launch(layout: Layout, part: tuple[int, ...], block: tuple[int, int], carry: bool) -> Launch:
-    one = _one_launch(layout, part[0], block, carry) if len(part) == 1 else None
-    return _list_launch(layout, part, block, carry) if one is None else one
+    launches = []
+    for part in [range(len(layout.branches))] if split is None else split:
+        launches.append(_list_launch(layout, tuple(part), block, carry, by_keys=True))
+        carry = True
+    return tuple(launches)
 
 
 def branch_tables(layout: Layout, part: Sequence[int]) -> tuple[Table, Table]:
@@ -172,7 +192,7 @@ def _head_entries(layout: Layout, part: Sequence[int], by_keys: bool) -> list[tu
     branch, offset = branch_tables(layout, part)
     size = layout.kv_group if by_keys else 1
     classes: dict[bytes, tuple[list[int], Entries]] = {}
-    for head in range(layout.num_heads // size):
+    for head in range(layout.num_heads // size) if layout.heads is None else layout.heads:
         places = offset[head * size : (head + 1) * size].astype(np.int64)
         local, column = np.nonzero(places >= 0)
         w, r, behind, ahead = branch[column].T.astype(np.int64)
@@ -182,9 +202,7 @@ def _head_entries(layout: Layout, part: Sequence[int], by_keys: bool) -> list[tu
     return list(classes.values())
 
 
-def _list_launch(
-    layout: Layout, part: tuple[int, ...], block: tuple[int, int], carry: bool, by_keys: bool = False
-) -> Launch:
+def _list_launch(layout: Layout, part: tuple[int, ...], block: tuple[int, int], carry: bool, by_keys: bool) -> Launch:
     rows, partners = (layout.keys, layout.queries) if by_keys else (layout.queries, layout.keys)
     samples: list[Ints | None] = [None] if layout.bounds is None else list(layout.bounds)
     tables: list[list[Ints]] = [[np.zeros((0, n), dtype=np.int64)] for n in (4, GROUP_COLUMNS)]
@@ -226,7 +244,7 @@ def tile_order(tile: Ints, visited: Ints) -> Ints:
 
     Coarse weights cost no balance and keep one head's keys and values in the cache.
     """
-    weight = np.floor(2 * np.log2(visited + BLOCK_OVERHEAD))
+    weight = np.floor(2 * np.log2(visited + TILE_OVERHEAD))
     head, group, first, sample = tile.T
     return np.lexsort((first, group, head, sample, -weight))
 
@@ -260,7 +278,8 @@ def _one_launch(layout: Layout, number: int, block: tuple[int, int], carry: bool
     start = np.repeat((first + np.arange(segments)) * w, tiles)
     row = np.tile(np.arange(tiles) * block[0] * r, segments)
     visited = [np.zeros(0, dtype=np.int64)]
-    for c in offset[offset >= 0].tolist():
+    places = offset[:, 0] if layout.heads is None else offset[list(layout.heads), 0]
+    for c in places[places >= 0].tolist():
         a, b = start + c + row, np.minimum(start + w, high) - 1
         entries = Entries(*(np.full_like(a, x) for x in (0, w, r, c, behind, ahead)))
         reach = (np.maximum(a, low), np.minimum(a + (block[0] - 1) * r, b))
