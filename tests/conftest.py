@@ -1,7 +1,9 @@
-"""Every test runs on one thread, from one seed, and leaves torch's settings as it found them."""
+"""Every test runs on one thread, from one seed, and goes by no measurement of this machine."""
 
 import pytest
 import torch
+
+from dilated_attention_pytorch.backends.tuning import using
 
 torch.set_num_threads(1)
 
@@ -9,3 +11,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _untuned():
+    with using():
+        yield

@@ -13,9 +13,15 @@ from dilated_attention_pytorch import (
     TorchscaleCompat,
     Window,
     attend,
+    backends,
     explain,
+    explanation,
     longnet,
 )
+from dilated_attention_pytorch.backends import BACKENDS, DenseBackend
+from dilated_attention_pytorch.backends.base import NoOptions
+from dilated_attention_pytorch.backends.tuning import Choice, Key, Measured, Table, Timing, using
+from dilated_attention_pytorch.plans import TilePlan
 from dilated_attention_pytorch.testing import CASES, PATTERNS
 
 
@@ -28,8 +34,9 @@ def test_pairs_are_the_sum_of_counts(name):
     assert found.pairs_are_exact
     assert found.forward_flops == 2 * (8 + 8) * total
     assert found.backward_flops == 5 * found.forward_flops // 2
-    assert found.chosen == "sdpa"
-    assert found.backends == {"sdpa": (), "dense": ()}
+    assert list(found.backends) == [b.name for b in BACKENDS]
+    assert found.chosen == next(name for name, against in found.backends.items() if not against)
+    assert found.backends["sdpa"] == found.backends["dense"] == ()
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "placed" in c.name], ids=lambda c: c.name)
@@ -47,19 +54,50 @@ def test_text_shows_plan_work_and_every_reason():
     text = str(found)
     assert found.chosen == "dense"
     assert found.chosen_plan == "dense"
+    assert found.because.startswith("nothing like it was measured")
     assert len(found.backends["sdpa"]) == 3
     assert found.backends["dense"] == ()
     for words in (
         "Dv 3",
         "strided: ",
         "dense: 20 x 20",
-        "dense     ok",
-        "sdpa      no: ",
         "dropout",
         f"{found.pairs:,}",
     ):
         assert words in text
     assert all(reason in text for reason in found.backends["sdpa"])
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in text.splitlines()[7:]}
+    assert lines["dense"] == "ok"
+    assert lines["sdpa"].startswith("no: ")
+
+
+def test_a_measured_choice_is_named_with_its_table():
+    x = torch.randn(1, 40, 2, 8)
+    choice = Choice("dense", "DensePlan", NoOptions())
+    key = Key("float32", 8, "causal", 64, False, False)
+    table = Table("cpu", {key: (Measured(choice, Timing(1.0, 1.0, 1.0, 3)),)}, source="some/file.json")
+    with using(table):
+        found = explain(x, x, x, Causal())
+        assert explain(x, x, x, Causal(), backend="sdpa").chosen == "sdpa"
+        trained = explain(x.clone().requires_grad_(), x, x, Causal())
+    assert found.chosen == "dense"
+    assert "dense dense is the fastest measured for float32, D 8, causal, queries on 64 keys, forward" in str(found)
+    assert "some/file.json" in str(found)
+    assert "nothing like it was measured" in trained.because
+
+
+class _TilesOnly(DenseBackend):
+    name = "tiles_only"
+    plans = (TilePlan,)
+
+
+def test_a_backend_of_tables_is_asked_where_they_cost_little(monkeypatch):
+    for module in (backends, explanation):
+        monkeypatch.setattr(module, "BACKENDS", (*BACKENDS, _TilesOnly()))
+    x = torch.randn(1, 40, 2, 8)
+    assert explain(x, x, x, Causal()).backends["tiles_only"] == ()
+    long = torch.empty(1, 40_000, 2, 8, device="meta")
+    assert "by name" in explain(long, long, long, Causal()).backends["tiles_only"][0]
 
 
 def test_a_named_backend_that_cannot():
@@ -73,7 +111,7 @@ def test_a_named_backend_that_cannot():
 def test_meta_tensors_cost_nothing():
     x = torch.empty(1, 3_000_000, 12, 64, device="meta", dtype=torch.bfloat16)
     found = explain(x, x, x, longnet([2048, 32768], [1, 12]) & Causal())
-    assert found.chosen == "sdpa"
+    assert found.chosen is not None
     pairs, segments = 0, {2048: 1, 32768: 12}
     for w, r in segments.items():
         for h in range(12):
@@ -89,7 +127,7 @@ def test_meta_tensors_cost_nothing():
 def test_without_a_closed_form_long_counts_are_a_bound():
     x = torch.empty(1, 100_000, 2, 8, device="meta")
     found = explain(x, x, x, longnet([8], [2]) & longnet([12], [3]))
-    assert found.chosen == "dense"
+    assert found.chosen is not None
     assert not found.pairs_are_exact
     assert found.pairs == 2 * 100_000**2
     assert "at most" in str(found)

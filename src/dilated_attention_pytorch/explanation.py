@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.backends import BACKENDS, check_backend_name, reasons, select
+from dilated_attention_pytorch.backends import BACKENDS, Backend, check_backend_name, needs_tiles, reasons, select
+from dilated_attention_pytorch.backends.tuning import Choice, key_of, ranking
 from dilated_attention_pytorch.compat import NO_COMPAT, TorchscaleCompat
-from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.errors import InvalidInput, NoBackend
 from dilated_attention_pytorch.patterns import Pattern
-from dilated_attention_pytorch.plans import StridedPlan, candidate_plans
-from dilated_attention_pytorch.problem import check_inputs, make_problem
+from dilated_attention_pytorch.plans import Plan, StridedPlan, TilePlan, candidate_plans
+from dilated_attention_pytorch.problem import Problem, check_inputs, make_problem
 from dilated_attention_pytorch.scores import Score
 
 EXACT_PAIRS = 1 << 26
 """Up to so many pairs a pattern without closed form is counted; above, the number of all pairs stands as a bound."""
+TILED_PAIRS = 1 << 21
+"""Up to so many pairs tables of tiles are made only to ask a backend for its reasons."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Explanation:
 
     ``pairs`` are counted pairs over samples and heads, a pair as often as it is seen; ``forward_flops`` is
     ``2 (D + Dv)`` for each, ``backward_flops`` 2.5 times that; ``bytes_moved`` reads q, k, v and writes out, lse once.
-    ``backends`` holds each backend's reasons against, empty when it can; ``chosen`` is None when none can.
+    ``backends`` holds each backend's reasons against, empty when it can; ``chosen`` is None when none can; ``because``
+    says what the choice goes by.
     """
 
     problem: str
@@ -38,6 +43,7 @@ class Explanation:
     bytes_moved: int
     backends: dict[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
+    because: str = ""
 
     @property
     def backward_flops(self) -> int:
@@ -49,13 +55,15 @@ class Explanation:
         lines = [
             f"problem   {self.problem}",
             f"backend   {self.chosen or 'none'}" + (f", walking {self.chosen_plan}" if self.chosen_plan else ""),
+            *([f"because   {self.because}"] if self.because else []),
             *(f"plan      {plan}" for plan in self.plans),
             f"pairs     {self.pairs:,}{bound}",
             f"FLOPs     {self.forward_flops:.3e} forward, {self.backward_flops:.3e} backward",
             f"bytes     {self.bytes_moved / 2**20:,.1f} MiB at least, forward",
         ]
+        width = max(9, *(len(name) for name in self.backends))
         for name, against in self.backends.items():
-            lines.append(f"{name:<9} " + ("ok" if not against else "no: " + "; ".join(against)))
+            lines.append(f"{name:<{width}} " + ("ok" if not against else "no: " + "; ".join(against)))
         return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
 
 
@@ -83,8 +91,8 @@ def explain(
         >>> import torch
         >>> from dilated_attention_pytorch import longnet
         >>> x = torch.empty(1, 1_000_000, 12, 64, device="meta")
-        >>> explain(x, x, x, longnet([2048, 32768], [1, 12])).chosen
-        'sdpa'
+        >>> explain(x, x, x, longnet([2048, 32768], [1, 12])).forward_flops
+        6982182479872
     """
     if not isinstance(pattern, Pattern):
         raise InvalidInput(f"explain: expected a pattern such as Causal(). Got {type(pattern).__name__}.")
@@ -97,12 +105,13 @@ def explain(
         notes.append(f"reproduces torchscale: {compat}")
     if key_padding_mask is not None and q.device.type == "meta":
         notes.append("the padding mask's values are unknown on meta; the plan is that without a mask")
-    problem = make_problem(q, k, v, scale=scale, query_start=start, **given)
+    wanted = (x for x in (q, k, v, bias) if x is not None)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
+    problem = make_problem(q, k, v, scale=scale, query_start=start, needs_grad=needs_grad, **given)
     pattern.check(problem)
-    plans = candidate_plans(pattern, problem)
-    against = {b.name: tuple(reasons(b, problem, plans)[1]) for b in BACKENDS}
-    able = [name for name, why in against.items() if not why and backend in ("auto", name)]
-    chosen, plan = select(problem, plans, able[0]) if able else (None, None)
+    plans = candidate_plans(pattern, problem, needs_tiles(backend))
+    against = {b.name: _reasons(b, problem, plans) for b in BACKENDS}
+    chosen, plan, because = _chosen(problem, plans, backend)
     strided = next((p for p in plans if isinstance(p, StridedPlan)), None)
     all_pairs = problem.batch * problem.num_heads * problem.query_length * problem.key_length
     exact = strided is not None or (all_pairs <= EXACT_PAIRS and q.device.type != "meta")
@@ -116,7 +125,7 @@ def explain(
         problem=f"B {q.shape[0]}, Nq {q.shape[1]}, Nk {k.shape[1]}, H {q.shape[2]}, Hkv {k.shape[2]}, D {q.shape[3]}, "
         f"Dv {v.shape[3]}, {str(q.dtype).removeprefix('torch.')} on {q.device}, {pattern.text()}",
         plans=tuple(p.describe(problem) for p in plans),
-        chosen=None if chosen is None else chosen.name,
+        chosen=chosen,
         chosen_plan=None if plan is None else plan.describe(problem).partition(":")[0],
         pairs=pairs,
         pairs_are_exact=exact,
@@ -124,4 +133,30 @@ def explain(
         bytes_moved=size + out_size,
         backends=against,
         notes=tuple(notes),
+        because=because,
     )
+
+
+def _reasons(backend: Backend, problem: Problem, plans: tuple[Plan, ...]) -> tuple[str, ...]:
+    """What stands against a backend, tables of tiles made for it where that costs little."""
+    if needs_tiles(backend.name) and backend.import_error() is None and not any(isinstance(p, TilePlan) for p in plans):
+        pairs = problem.batch * problem.num_heads * problem.query_length * problem.key_length
+        if pairs > TILED_PAIRS or problem.q.device.type == "meta":
+            return (f"its tables of tiles are made when it is asked for by name: backend={backend.name!r}",)
+        plans = candidate_plans(plans[0].pattern, problem, tiles=True)
+    return tuple(reasons(backend, problem, plans)[1])
+
+
+def _chosen(problem: Problem, plans: tuple[Plan, ...], name: str) -> tuple[str | None, Plan | None, str]:
+    """The backend's name and plan, None when none can, and what the choice goes by."""
+    try:
+        backend, plan = select(problem, plans, name)
+    except NoBackend:
+        return None, None, ""
+    measured, table = ranking(problem, plans, BACKENDS)
+    choice = Choice(backend.name, type(plan).__name__, backend.options)
+    rank = next((m for m in measured if m.choice == choice), None)
+    if rank is None or table is None:
+        unmeasured = "nothing like it was measured" if not measured else "what was measured as faster cannot do it"
+        return backend.name, plan, f"{unmeasured}; the first in order that can ('dilated-attention tune' measures)"
+    return backend.name, plan, f"{choice} is the fastest measured for {key_of(problem, plans)} (table {table.source})"
