@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-PERIOD_LIMIT = 1024
-"""A segment that its rate does not divide either joins the period of the residues or cuts epochs; up to this period
-(tokens) it joins: short epochs would leave most rows of a tile empty."""
+PERIOD_LIMIT, TINY_SEGMENT = 1024, 64
+"""A segment that its rate does not divide either joins the period of the residues or cuts epochs. All such segments
+join when the period stays within the limit (tokens), else only tiny ones: their epochs would be shorter than a tile."""
 
 
 class Entries(NamedTuple):
@@ -47,7 +47,8 @@ class Strips(NamedTuple):
 class Groups:
     """Rows that share one set of entries: ``pos = base + (i // residues) * period + residue[first + i % residues]``.
 
-    All arrays have one element for each group, apart from `residue` and `entry_list`, into which they point.
+    All arrays have one element for each group, apart from `residue` and `entry_list`, into which they point. A `mixed`
+    group is a run of consecutive rows, of several documents or entries: its list names all that some row may be on.
     """
 
     period: int
@@ -59,8 +60,7 @@ class Groups:
     rows: Ints
     entry_first: Ints
     entries: Ints
-    origin: Ints
-    end: Ints
+    mixed: Ints  # 0 or 1
 
     def positions(self, group: Ints, index: Ints) -> Ints:
         """Absolute positions of rows ``index`` of the groups."""
@@ -70,7 +70,7 @@ class Groups:
     def occupied(self) -> Groups:
         """Only the groups that have entries."""
         keep = self.entries > 0
-        names = ("base", "residue_first", "residues", "rows", "entry_first", "entries", "origin", "end")
+        names = ("base", "residue_first", "residues", "rows", "entry_first", "entries", "mixed")
         return Groups(self.period, self.residue, self.entry_list, *(getattr(self, name)[keep] for name in names))
 
 
@@ -112,11 +112,12 @@ def split_documents(bounds: Ints | None, low: int, high: int, end: int) -> Strip
     return Strips(origin[keep], stop[keep], row_low[keep], row_high[keep], member[keep])
 
 
-def make_groups(entries: Entries, strips: Strips) -> Groups:
+def make_groups(entries: Entries, strips: Strips, tile_rows: int) -> Groups:
     """The groups of all rows of the strips; every row is in exactly one.
 
     A strip is cut into epochs where a segment starts that shifts its branch's grid. Epochs that meet all grids in the
-    same phase share their lists of residues.
+    same phase share their lists of residues. Epochs too short to fill tiles of ``tile_rows`` with one set of entries
+    are left whole, and join with such neighbours.
     """
     low, high = strips.row_low - strips.origin, strips.row_high - strips.origin  # places
     joins, period, cuts = _grids(entries, int(high.max(initial=1)))
@@ -125,6 +126,19 @@ def make_groups(entries: Entries, strips: Strips) -> Groups:
     phase = start[:, None] % entries.segment
     phase = np.where(joins, phase, phase % entries.rate)
     phase = np.concatenate([strips.member[strip, None], phase], 1)
+    at = strips.origin[strip] + start
+
+    longest = int(np.argmax(length)) if len(length) else 0
+    sets = len(_kinds(entries, joins, phase[longest : longest + 1], np.array([period])).first) if len(length) else 1
+    short = (length < tile_rows * max(sets, 2) / 2) & strips.member[strip]
+    parts = [_residue_groups(entries, joins, period, phase[~short], at[~short], length[~short])]
+    parts.append(_mixed_groups(len(entries.number), period, at[short], length[short]))
+    return _joined(period, parts)
+
+
+def _residue_groups(
+    entries: Entries, joins: npt.NDArray[np.bool_], period: int, phase: Ints, at: Ints, length: Ints
+) -> Groups:
     phases, of_epoch = np.unique(phase, axis=0, return_inverse=True)
     of_epoch = of_epoch.reshape(-1)
     spans = np.zeros(len(phases), dtype=np.int64)
@@ -137,22 +151,31 @@ def make_groups(entries: Entries, strips: Strips) -> Groups:
     place = np.repeat(np.arange(len(kinds.first)), kinds.size) * (period + 1) + kinds.residue
     rest = np.searchsorted(place, kind * (period + 1) + length[epoch] % period) - kinds.first[kind]
     rows = length[epoch] // period * kinds.size[kind] + rest
-    keep = rows > 0
-    epoch, kind, rows = epoch[keep], kind[keep], rows[keep]
-    document = strip[epoch]
-    return Groups(
-        period,
-        kinds.residue,
-        kinds.entry_list,
-        strips.origin[document] + start[epoch],
-        kinds.first[kind],
-        kinds.size[kind],
-        rows,
-        kinds.entry_first[kind],
-        kinds.entries[kind],
-        strips.origin[document],
-        strips.end[document],
+    epoch, kind, rows = (x[rows > 0] for x in (epoch, kind, rows))
+    columns = (kinds.first[kind], kinds.size[kind], rows, kinds.entry_first[kind], kinds.entries[kind])
+    return Groups(period, kinds.residue, kinds.entry_list, at[epoch], *columns, np.zeros_like(rows))
+
+
+def _mixed_groups(entries: int, period: int, at: Ints, length: Ints) -> Groups:
+    """One group for each run of neighbouring epochs: all residues of a period are consecutive rows."""
+    starts = np.flatnonzero(np.append(True, at[1:] != at[:-1] + length[:-1])[: len(at)])
+    rows = np.add.reduceat(length, starts) if len(starts) else length
+    same = np.zeros_like(rows)
+    residue, columns = (
+        np.arange(period if len(rows) else 0),
+        (same, same + period, rows, same, same + entries, same + 1),
     )
+    return Groups(period, residue, np.arange(entries), at[starts], *columns)
+
+
+def _joined(period: int, parts: list[Groups]) -> Groups:
+    """The groups of several parts of one period."""
+    columns, at, entry_at = [], 0, 0
+    for p in parts:
+        first, entry_first = p.residue_first + at, p.entry_first + entry_at
+        columns.append((p.residue, p.entry_list, p.base, first, p.residues, p.rows, entry_first, p.entries, p.mixed))
+        at, entry_at = at + len(p.residue), entry_at + len(p.entry_list)
+    return Groups(period, *(np.concatenate(column) for column in zip(*columns)))
 
 
 class _Kinds(NamedTuple):
@@ -170,17 +193,15 @@ class _Kinds(NamedTuple):
 def _grids(entries: Entries, extent: int) -> tuple[npt.NDArray[np.bool_], int, Ints]:
     """Which entries join the period with their segment, the period (tokens), and the places where epochs start anew."""
     shifting = (entries.segment % entries.rate != 0) & (entries.segment < extent)
-    period = math.lcm(*entries.rate[~shifting].tolist())
-    joins, cutting = np.zeros(len(shifting), dtype=bool), []
-    for segment in sorted(set(entries.segment[shifting].tolist())):
-        mine = shifting & (entries.segment == segment)
-        if math.lcm(period, segment) <= PERIOD_LIMIT:
-            period = math.lcm(period, segment)
-            joins |= mine
-        else:
-            cutting.append(segment)
-            period = math.lcm(period, *entries.rate[mine].tolist())
-    cuts = [np.arange(segment, extent, segment) for segment in cutting]
+    rates = math.lcm(*entries.rate[~shifting].tolist())
+    segments = sorted(set(entries.segment[shifting].tolist()))
+    all_join = math.lcm(rates, *segments) <= PERIOD_LIMIT
+    joining = [w for w in segments if all_join or w <= TINY_SEGMENT]
+    while math.lcm(rates, *joining) > PERIOD_LIMIT and joining:
+        joining.pop()
+    joins = shifting & np.isin(entries.segment, joining)
+    period = math.lcm(rates, *joining, *entries.rate[shifting & ~joins].tolist())
+    cuts = [np.arange(w, extent, w) for w in segments if w not in joining]
     return joins, period, np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *cuts]))
 
 
@@ -214,7 +235,9 @@ def _kinds(entries: Entries, joins: npt.NDArray[np.bool_], phases: Ints, spans: 
     return _Kinds(y[order], nth, names // len(where), first, size, starts[of_set], entries_of[of_set])
 
 
-def make_tiles(groups: Groups, entries: Entries, partners: tuple[int, int], block: tuple[int, int]) -> Tiles:
+def make_tiles(
+    groups: Groups, entries: Entries, strips: Strips, partners: tuple[int, int], block: tuple[int, int]
+) -> Tiles:
     """Tiles of ``block[0]`` rows of every group, and how many partner slots each visits.
 
     ``partners`` are the absolute positions of the other side, half-open.
@@ -222,12 +245,23 @@ def make_tiles(groups: Groups, entries: Entries, partners: tuple[int, int], bloc
     group, first = ragged(-(-groups.rows // block[0]))
     first = first * block[0]
     last = np.minimum(first + block[0], groups.rows[group]) - 1
-    origin = groups.origin[group]
-    low, high = groups.positions(group, first) - origin, groups.positions(group, last) - origin
-    tile, nth = ragged(groups.entries[group])
+    low, high = groups.positions(group, first), groups.positions(group, last)
+    begin = np.searchsorted(strips.row_high, low, side="right")
+    tile, nth = ragged(np.searchsorted(strips.row_low, high, side="right") - begin)  # and documents
+    strip = begin[tile] + nth
+    part, nth = ragged(np.where(strips.member[strip], groups.entries[group[tile]], 0))  # and entries
+    tile, strip = tile[part], strip[part]
     entry = groups.entry_list[groups.entry_first[group[tile]] + nth]
-    span = (np.maximum(partners[0] - origin, 0)[tile], np.minimum(partners[1], groups.end[group])[tile] - origin[tile])
-    slots = visited_slots(low[tile], high[tile], Entries(*(x[entry] for x in entries)), span, block[1])
+    origin = strips.origin[strip]
+    rows = (np.maximum(low[tile], strips.row_low[strip]), np.minimum(high[tile], strips.row_high[strip] - 1))
+    span = (np.maximum(partners[0], origin), np.minimum(partners[1], strips.end[strip]))
+    slots = visited_slots(
+        rows[0] - origin,
+        rows[1] - origin,
+        Entries(*(x[entry] for x in entries)),
+        (span[0] - origin, span[1] - origin),
+        block[1],
+    )
     visited = np.zeros(len(group), dtype=np.int64)
     np.add.at(visited, tile, slots)
     return Tiles(group, first, visited)
@@ -252,4 +286,6 @@ def visited_slots(first: Ints, last: Ints, entries: Entries, span: tuple[Ints, I
 
     whole = -(-np.maximum(-(-(w - c) // r), 0) // block) * block
     slots = inside(s_low) + np.where(s_high > s_low, inside(s_high), 0) + np.maximum(s_high - s_low - 1, 0) * whole
-    return np.where((low < high) & (s_low <= s_high), slots, 0)
+    start = first // w * w + c  # rows in one segment may all be off the grid
+    off_grid = (last // w == first // w) & (-(-np.maximum(first - start, 0) // r) * r > last - start)
+    return np.where((low < high) & (s_low <= s_high) & ~off_grid, slots, 0)

@@ -9,10 +9,11 @@ Every table holds absolute positions: row i of q stands at ``query_positions[0].
         slowest. The head is a query head in query launches, a key-value head in key launches. A program of a tile works
         for sample ``sample + program_id(1)``, and axis 1 of the grid is `samples`.
     group (G, 8): base, first residue, number of residues, rows, period, first of its branch list, number of branches,
-        first position of its document (0 without documents). Row i of a group, ascending, stands at
-        ``base + i // residues * period + residue[first residue + i % residues]``. A group lies in one document. Without
-        branches its rows see nothing; rows past the last document are such groups.
-    branch_list: which branches a group's rows are on, as columns of `offset`. In key launches an entry is ``query head
+        1 if mixed. Row i of a group, ascending, stands at
+        ``base + i // residues * period + residue[first residue + i % residues]``. Rows of a group that is not mixed
+        stand in one document and on all the branches of its list and no others; without branches they see nothing, as
+        do rows past the last document. A mixed group is a run of consecutive rows of any documents and branches.
+    branch_list: branches that rows of a group are on, as columns of `offset`. In key launches an entry is ``query head
         inside the kv group * n + column``: a tile of keys serves every query head of its kv head.
     branch (n, 4), of the n branches of this launch: w, r, and how many tokens a query sees behind it and ahead of it.
         What has no bound stands as the whole length, which exceeds every distance.
@@ -211,9 +212,9 @@ def _list_launch(layout: Layout, part: tuple[int, ...], block: tuple[int, int], 
     for sample, bounds in enumerate(samples):
         strips = split_documents(bounds, *rows, layout.end)
         for heads, entries in _head_entries(layout, part, by_keys):
-            groups = make_groups(entries, strips)
+            groups = make_groups(entries, strips, block[0])
             groups = groups.occupied() if carry else groups
-            tiles = make_tiles(groups, entries, partners, block)
+            tiles = make_tiles(groups, entries, strips, partners, block)
             same = np.zeros_like(tiles.group)
             tables[0] += [np.stack([same + h, tiles.group + at, tiles.first, same + sample], 1) for h in heads]
             tables[1].append(_group_table(groups, residue_at, list_at))
@@ -258,7 +259,7 @@ def _group_table(groups: Groups, residue_at: int, list_at: int) -> Ints:
     g = groups
     period = np.full_like(g.base, g.period)
     rows = (g.base, g.residue_first + residue_at, g.residues, g.rows, period)
-    return np.stack([*rows, g.entry_first + list_at, g.entries, g.origin], 1)
+    return np.stack([*rows, g.entry_first + list_at, g.entries, g.mixed], 1)
 
 
 def _one_launch(layout: Layout, number: int, block: tuple[int, int], carry: bool) -> Launch | None:
