@@ -188,7 +188,7 @@ def branch_tables(layout: Layout, part: Sequence[int]) -> tuple[Table, Table]:
     return np.array(rows, dtype=np.int32).reshape(-1, 4), offsets
 
 
-def _head_entries(layout: Layout, part: Sequence[int], by_keys: bool) -> list[tuple[list[int], Entries]]:
+def head_entries(layout: Layout, part: Sequence[int], by_keys: bool) -> list[tuple[list[int], Entries]]:
     """Heads of the tiles grouped by their entries: heads whose grids coincide share tables."""
     branch, offset = branch_tables(layout, part)
     size = layout.kv_group if by_keys else 1
@@ -211,7 +211,7 @@ def _list_launch(layout: Layout, part: tuple[int, ...], block: tuple[int, int], 
     at = residue_at = list_at = 0
     for sample, bounds in enumerate(samples):
         strips = split_documents(bounds, *rows, layout.end)
-        for heads, entries in _head_entries(layout, part, by_keys):
+        for heads, entries in head_entries(layout, part, by_keys):
             groups = make_groups(entries, strips, block[0])
             groups = groups.occupied() if carry else groups
             tiles = make_tiles(groups, entries, strips, partners, block)
