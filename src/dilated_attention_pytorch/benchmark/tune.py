@@ -30,7 +30,7 @@ from dilated_attention_pytorch.backends.tuning import (
 from dilated_attention_pytorch.benchmark.measure import Spread
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns import Causal, Dilated, Documents, Full, Pattern, Window, longnet
-from dilated_attention_pytorch.plans import Plan, TilePlan, candidate_plans
+from dilated_attention_pytorch.plans import DensePlan, Plan, TilePlan, candidate_plans
 from dilated_attention_pytorch.plans.planner import strided_plan
 from dilated_attention_pytorch.problem import Problem, make_problem
 from dilated_attention_pytorch.training.environment import versions
@@ -132,7 +132,7 @@ def example(key: Key, device: torch.device) -> Example:
 
 
 def candidates(
-    problem: Problem, pattern: Pattern, kind: str, backends: Sequence[Backend] = BACKENDS
+    problem: Problem, pattern: Pattern, kind: str, backends: Sequence[Backend]
 ) -> dict[Choice, tuple[Backend, Plan]]:
     """Everything worth measuring: each backend with each plan and each of its options, where no reason stands against.
 
@@ -148,7 +148,8 @@ def candidates(
         if backend.import_error() is not None:
             continue
         for plan in (plan for plan in near if isinstance(plan, backend.plans)):
-            for options in backend.candidates(problem):
+            dense = isinstance(plan, DensePlan)  # one call, in which there is nothing to choose
+            for options in (backend.options,) if dense else backend.candidates(problem):
                 one = type(backend)(options)
                 if not one.reasons_against(problem, plan):
                     found[Choice(backend.name, type(plan).__name__, options)] = (one, plan)
@@ -204,7 +205,7 @@ def _timed(run: Callable[[], object], repeats: int) -> float:
 def rank(key: Key, device: torch.device, rounds: int, known: Sequence[Choice] = ()) -> tuple[Measured, ...] | None:
     """The candidates of a key, the fastest first; None when the known choices are all the candidates there are."""
     one = example(key, device)
-    found = candidates(one.problem, one.pattern, key.pattern)
+    found = candidates(one.problem, one.pattern, key.pattern, BACKENDS)
     if known and set(known) == set(found):
         return None
     seconds = race({choice: runner(b, one.problem, plan) for choice, (b, plan) in found.items()}, rounds)

@@ -2,9 +2,10 @@
 
 import importlib.metadata
 import platform
-from pathlib import Path
 
 import torch
+
+from dilated_attention_pytorch.backends.tuning import processor_name
 
 PACKAGES = ("dilated-attention-pytorch", "torch", "numpy", "safetensors", "triton")
 
@@ -29,13 +30,4 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
