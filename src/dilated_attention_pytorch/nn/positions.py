@@ -138,7 +138,7 @@ class XPos(Rotary):
         places = _places(position_ids, rows)
         cos, sin = self._cos_sin(places, _table_dtype(dtype))
         counted = places - self._origins(rows).to(places.dtype)
-        in_order = position_ids is None and documents is None
+        in_order = position_ids is None and (documents is None or self._nests)
         self._check_range(self._reach(length, start) if in_order else _largest(counted), dtype)
         pair = torch.arange(0, self.head_dim, 2, device=rows.device, dtype=places.dtype)
         zeta = (pair / self.head_dim + 0.4) / 1.4
@@ -156,14 +156,12 @@ class XPos(Rotary):
         return all(max(self.segment_lengths) % w == 0 for w in self.segment_lengths)
 
     def _reach(self, length: int, start: int) -> int:
-        """The largest |n| of rows ``start...start + length`` in order, without looking at tensors."""
-        largest = max(self.segment_lengths)
-        last = start + max(length, 1) - 1
-        if not self._nests:
-            return max(abs(start - largest // 2), abs(last - largest // 2))
-        if start // largest != last // largest:
-            return largest - largest // 2
-        return max(abs(row % largest - largest // 2) for row in (start, last))
+        """The largest |n| of rows ``start...start + length`` in order, without looking at tensors.
+
+        Where segments nest it is that of a whole segment, whatever the length: compiled code then serves every length.
+        """
+        middle = max(self.segment_lengths) // 2
+        return middle if self._nests else max(abs(start - middle), abs(start + max(length, 1) - 1 - middle))
 
     def _check_range(self, reach: float, dtype: torch.dtype) -> None:
         info = torch.finfo(dtype)
