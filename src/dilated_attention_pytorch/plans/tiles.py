@@ -135,11 +135,7 @@ def tile_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = 
         >>> plan.full_num.tolist(), plan.kv_idx.flatten().tolist(), plan.counts.shape
         ([[[0, 1, 2, 3]]], [0, 1, 2, 3], torch.Size([1, 128, 128]))
     """
-    q_at, k_at = positions_tensor(problem.query_positions), positions_tensor(problem.key_positions)
-    heads = problem.num_heads if pattern.varies_by_head else 1
-    batched = problem.key_lengths is not None or any(t.dim() > 1 and t.shape[0] > 1 for t in pattern.tables)
-    samples = problem.batch if batched else 1
-    reader = _Reader(pattern, problem, q_at, k_at)
+    reader, samples, heads = _reader(pattern, problem)
     tiles, count = _find(reader, samples, heads, block_size)  # count is 0 where the tile is not known to be full
     unsure = count == 0
     examples, alike = reader.examples(tiles.take(unsure), block_size)
@@ -152,13 +148,35 @@ def tile_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = 
     table = torch.zeros_like(count)
     table[unsure] = read.table[alike]
     lists = []
-    for by_key, at, size in ((False, q_at, block_size[0]), (True, k_at, block_size[1])):
+    for by_key, at, size in ((False, reader.q_at, block_size[0]), (True, reader.k_at, block_size[1])):
         shape = (samples, heads, -(-len(at) // size))
         for chosen, value in ((count < 0, table), (count > 0, count)):
             lists.append(_lists(tiles.take(chosen), value[chosen], by_key, shape))
     device = problem.q.device if problem.q.device.type != "meta" else torch.device("cpu")
     kv, full, q, full_q = (x.to(device) for x in lists)
     return TilePlan(pattern, block_size, *kv, *full, *q, *full_q, read.counts.to(device))
+
+
+def visited_tiles(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> int:
+    """How many tiles may hold a pair, over the samples and heads of the tables; by bounds alone, no table is made.
+
+    Example:
+        >>> import torch
+        >>> from dilated_attention_pytorch import Causal
+        >>> from dilated_attention_pytorch.problem import make_problem
+        >>> q = torch.zeros(1, 512, 2, 8)
+        >>> visited_tiles(Causal(), make_problem(q, q, q, scale=1.0, query_start=0), block_size=(128, 128))
+        10
+    """
+    return len(_find(*_reader(pattern, problem), block_size)[0].q)
+
+
+def _reader(pattern: Pattern, problem: Problem) -> tuple[_Reader, int, int]:
+    """A reader of the counts, and how many samples and heads tables need."""
+    q_at, k_at = positions_tensor(problem.query_positions), positions_tensor(problem.key_positions)
+    batched = problem.key_lengths is not None or any(t.dim() > 1 and t.shape[0] > 1 for t in pattern.tables)
+    samples, heads = problem.batch if batched else 1, problem.num_heads if pattern.varies_by_head else 1
+    return _Reader(pattern, problem, q_at, k_at), samples, heads
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,213 @@
+"""Orders of rows in which a dilated pattern is block-dense: rows of one residue class stand together.
+
+In row order a tile of a branch with rate r holds a visible pair almost everywhere, and 1 / r^2 of its pairs. With the
+rows of each residue modulo r next to each other a tile is seen whole or not at all. Positions are runs, so a problem
+whose rows stand in another order is the same problem, and any kernel that walks tiles can compute it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.patterns import Dilated, Pattern
+from dilated_attention_pytorch.patterns.documents import Packed
+from dilated_attention_pytorch.plans.base import Plan
+from dilated_attention_pytorch.plans.tiles import BLOCK_SIZE, TilePlan, tile_plan, visited_tiles
+from dilated_attention_pytorch.problem import Positions, Problem, Run, positions_tensor
+
+SAMPLE_ROWS = 8192
+"""Orders are compared on so many last rows of queries and keys."""
+WORTH = 0.75
+"""An order is taken when it leaves at most this share of the tiles: moving the rows costs time, too."""
+MAX_RUNS = 1 << 14
+"""An order of more runs is not considered."""
+MAX_MODULUS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class RowOrder:
+    """Another order of the rows of queries and keys, as runs of row numbers; each row stands in it once.
+
+    ``query_rows`` and ``key_rows`` are the same as int64 tensors on the problem's device.
+
+    Example:
+        >>> order = RowOrder.of((Run(0, 2, 2), Run(1, 2, 1)), (Run(0, 1, 3),), "cpu")
+        >>> order.restored_queries(torch.tensor([10, 12, 11]), dim=0)
+        tensor([10, 11, 12])
+    """
+
+    queries: Positions
+    keys: Positions
+    query_rows: Tensor
+    key_rows: Tensor
+
+    @classmethod
+    def of(cls, queries: Positions, keys: Positions, device: torch.device | str) -> RowOrder:
+        """The order of these runs of rows."""
+        return cls(queries, keys, positions_tensor(queries, device), positions_tensor(keys, device))
+
+    def placed(self, problem: Problem) -> Problem:
+        """The problem with the positions of its rows in this order; the tensors are left as they are, for planning."""
+        return replace(
+            problem,
+            query_positions=_compose(problem.query_positions, self.queries),
+            key_positions=_compose(problem.key_positions, self.keys),
+        )
+
+    def applied(self, problem: Problem) -> Problem:
+        """The same problem with its rows in this order: q, k, v and the bias are copied."""
+        bias = problem.bias
+        if bias is not None:
+            bias = bias if bias.shape[-1] == 1 else bias.index_select(-1, self.key_rows)
+            bias = bias if bias.dim() < 2 or bias.shape[-2] == 1 else bias.index_select(-2, self.query_rows)
+        q = problem.q.index_select(1, self.query_rows)
+        k, v = (x.index_select(1, self.key_rows) for x in (problem.k, problem.v))
+        return replace(self.placed(problem), q=q, k=k, v=v, bias=bias)
+
+    def ordered_queries(self, x: Tensor, dim: int) -> Tensor:
+        """A copy of ``x`` whose query rows, along ``dim``, stand in this order."""
+        return x.index_select(dim, self.query_rows)
+
+    def restored_queries(self, x: Tensor, dim: int) -> Tensor:
+        """A contiguous copy of ``x`` with its query rows, along ``dim``, back in row order."""
+        return _restored(x, self.query_rows, dim)
+
+    def restored_keys(self, x: Tensor, dim: int) -> Tensor:
+        """A contiguous copy of ``x`` with its key rows, along ``dim``, back in row order."""
+        return _restored(x, self.key_rows, dim)
+
+
+def _restored(x: Tensor, rows: Tensor, dim: int) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).index_copy_(dim, rows, x)
+
+
+def _compose(positions: Positions, rows: Positions) -> Positions:
+    """Positions of runs of rows; the rows stand in one run."""
+    (at,) = positions
+    return tuple(Run(at.start + run.start * at.step, run.step * at.step, run.length) for run in rows)
+
+
+@dataclass(frozen=True, eq=False)
+class OrderedPlan(Plan):
+    """The problem with its rows in another order, as tiles: ``tiles`` is the plan of ``order.applied(problem)``."""
+
+    order: RowOrder
+    tiles: TilePlan
+
+    def expand(self, problem: Problem) -> Tensor:
+        ordered = self.tiles.expand(self.order.placed(problem))
+        counts = torch.empty_like(ordered, memory_format=torch.contiguous_format)
+        counts[:, :, self.order.query_rows.view(-1, 1), self.order.key_rows] = ordered
+        return counts
+
+    def issued_pairs(self, problem: Problem) -> int:
+        return self.tiles.issued_pairs(problem)
+
+    def describe(self, problem: Problem) -> str:
+        return f"{self.tiles.describe(problem)}, rows by residue"
+
+
+def ordered_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> OrderedPlan | None:
+    """The tile plan of the best order by residues, or None where `residue_order` finds none, or `tile_plan` fails.
+
+    Example:
+        >>> from dilated_attention_pytorch.problem import make_problem
+        >>> q = torch.zeros(1, 4096, 1, 8)
+        >>> plan = ordered_plan(Dilated(4096, 8), make_problem(q, q, q, scale=1.0, query_start=0), (128, 128))
+        >>> plan.tiles.num_tiles, plan.tiles.density
+        (16, 0.015625)
+    """
+    order = residue_order(pattern, problem, block_size)
+    tiles = None if order is None else tile_plan(pattern, order.placed(problem), block_size)
+    return None if order is None or tiles is None else OrderedPlan(pattern, order, tiles)
+
+
+def residue_order(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> RowOrder | None:
+    """The order by residue classes that leaves the fewest tiles, or None where no order leaves clearly fewer.
+
+    Classes are modulo a dilation rate of the pattern, or the least common multiple of them all; where grids start anew
+    (segments that the rate does not divide, packed documents) so do the classes. Rows must stand in one run each.
+    """
+    sides = (problem.query_positions, problem.key_positions)
+    if any(len(runs) != 1 or runs[0].step != 1 for runs in sides):
+        return None
+    sample = _last_rows(problem, SAMPLE_ROWS)
+    fewest, best = WORTH * visited_tiles(pattern, sample, block_size), None
+    for modulus, period in _classes(pattern, problem.key_length):
+        order = _order(pattern, sample, modulus, period)
+        if order is not None:
+            tiles = visited_tiles(pattern, order.placed(sample), block_size)
+            if tiles < fewest:
+                fewest, best = tiles, (modulus, period)
+    return None if best is None else _order(pattern, problem, *best)
+
+
+def _last_rows(problem: Problem, rows: int) -> Problem:
+    def last(positions: Positions) -> Positions:
+        (run,) = positions
+        left = max(0, run.length - rows)
+        return (Run(run.start + left, 1, run.length - left),)
+
+    q, k, v = (x[:, max(0, x.shape[1] - rows) :] for x in (problem.q, problem.k, problem.v))
+    queries, keys = last(problem.query_positions), last(problem.key_positions)
+    return replace(problem, q=q, k=k, v=v, bias=None, query_positions=queries, key_positions=keys)
+
+
+def _parts(pattern: Pattern) -> Iterator[Pattern]:
+    yield pattern
+    for f in fields(pattern):  # type: ignore[arg-type]
+        value = getattr(pattern, f.name)
+        if isinstance(value, Pattern):
+            yield from _parts(value)
+
+
+def _classes(pattern: Pattern, length: int) -> Iterator[tuple[int, int | None]]:
+    """(modulus, period after which classes start anew or None) worth comparing, small moduli first."""
+    grids = {(p.segment_length, p.dilation_rate) for p in _parts(pattern) if isinstance(p, Dilated)}
+    rates = sorted({r for _, r in grids if r > 1})
+    for modulus in sorted({*rates, math.lcm(*rates)} - {1}):
+        if modulus <= MAX_MODULUS:
+            yield modulus, None
+    for w, r in sorted(grids):
+        if 1 < r <= min(w, MAX_MODULUS) and w % r != 0 and w < length:
+            yield r, w
+
+
+def _order(pattern: Pattern, problem: Problem, modulus: int, period: int | None) -> RowOrder | None:
+    """The order by classes of this modulus, or None when it has too many runs or samples are packed differently."""
+    starts = {0}
+    for part in _parts(pattern):
+        if isinstance(part, Packed):
+            if part.lengths.dim() > 1 and part.lengths.shape[0] > 1:
+                return None
+            starts.update(part.documents.bounds(torch.device("cpu")).flatten().tolist())
+    (q,), (k,) = problem.query_positions, problem.key_positions
+    end = max(q.start + q.length, k.start + k.length)
+    if period is not None:
+        if end // period * modulus > MAX_RUNS:
+            return None
+        starts.update(range(0, end, period))
+    if len(starts) * modulus > MAX_RUNS:
+        return None
+    queries, keys = (_runs(side, modulus, sorted(starts)) for side in (q, k))
+    return RowOrder.of(queries, keys, problem.q.device)
+
+
+def _runs(at: Run, modulus: int, starts: Sequence[int]) -> Positions:
+    """Rows that stand at positions ``at``, class by class between the places where classes start anew."""
+    end, runs = at.start + at.length, []
+    first = bisect_right(starts, at.start) - 1
+    for origin, following in pairwise([*starts[first:], max(end, starts[-1])]):
+        low, high = max(origin, at.start), min(following, end)
+        for residue in range(modulus):
+            place = low + (residue - (low - origin)) % modulus
+            if place < high:
+                runs.append(Run(place - at.start, modulus, -(-(high - place) // modulus)))
+    return tuple(runs)
