@@ -15,6 +15,7 @@ from torch import Tensor
 from dilated_attention_pytorch.backends import Gradients, check_backend_name, needs_tiles, select
 from dilated_attention_pytorch.compat import NO_COMPAT, TorchscaleCompat, appended_rows, branch_patterns
 from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.flops import attend_backward_flops, attend_flops, register_formulas
 from dilated_attention_pytorch.merging import merge
 from dilated_attention_pytorch.patterns import Causal, Pattern, longnet, pattern_from_text
 from dilated_attention_pytorch.plans import candidate_plans
@@ -337,3 +338,9 @@ _attend_op.register_autograd(_differentiate, setup_context=_setup)
 _backward_op.register_autograd(_no_second_derivative)
 _attend_op.register_vmap(_no_vmap)
 _backward_op.register_vmap(_no_vmap)
+register_formulas(
+    {
+        torch.ops.dilated_attention_pytorch.attend: attend_flops,
+        torch.ops.dilated_attention_pytorch.attend_backward: attend_backward_flops,
+    }
+)

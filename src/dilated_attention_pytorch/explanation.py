@@ -12,13 +12,12 @@ from dilated_attention_pytorch.backends import BACKENDS, Backend, check_backend_
 from dilated_attention_pytorch.backends.tuning import Choice, key_of, ranking
 from dilated_attention_pytorch.compat import NO_COMPAT, TorchscaleCompat
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
+from dilated_attention_pytorch.flops import counted_pairs, forward_flops
 from dilated_attention_pytorch.patterns import Pattern
-from dilated_attention_pytorch.plans import Plan, StridedPlan, TilePlan, candidate_plans
+from dilated_attention_pytorch.plans import Plan, TilePlan, candidate_plans
 from dilated_attention_pytorch.problem import Problem, check_inputs, make_problem
 from dilated_attention_pytorch.scores import Score
 
-EXACT_PAIRS = 1 << 26
-"""Up to so many pairs a pattern without closed form is counted; above, the number of all pairs stands as a bound."""
 TILED_PAIRS = 1 << 21
 """Up to so many pairs tables of tiles are made only to ask a backend for its reasons."""
 
@@ -112,13 +111,7 @@ def explain(
     plans = candidate_plans(pattern, problem, needs_tiles(backend))
     against = {b.name: _reasons(b, problem, plans) for b in BACKENDS}
     chosen, plan, because = _chosen(problem, plans, backend)
-    strided = next((p for p in plans if isinstance(p, StridedPlan)), None)
-    all_pairs = problem.batch * problem.num_heads * problem.query_length * problem.key_length
-    exact = strided is not None or (all_pairs <= EXACT_PAIRS and q.device.type != "meta")
-    if strided is not None:
-        pairs = strided.issued_pairs(problem)
-    else:
-        pairs = int(plans[-1].expand(problem).sum()) if exact else all_pairs
+    pairs, exact = counted_pairs(pattern, problem, plans)
     size = sum(x.numel() * x.element_size() for x in (q, k, v))
     out_size = q.numel() // q.shape[3] * (v.shape[3] * q.element_size() + problem.accumulate_dtype.itemsize)
     return Explanation(
@@ -129,7 +122,7 @@ def explain(
         chosen_plan=None if plan is None else plan.describe(problem).partition(":")[0],
         pairs=pairs,
         pairs_are_exact=exact,
-        forward_flops=2 * (q.shape[3] + v.shape[3]) * pairs,
+        forward_flops=forward_flops(pairs, q.shape[3], v.shape[3]),
         bytes_moved=size + out_size,
         backends=against,
         notes=tuple(notes),
