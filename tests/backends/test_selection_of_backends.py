@@ -11,6 +11,12 @@ from dilated_attention_pytorch.problem import make_problem
 GRIDS = longnet([4], [2]) & longnet([6], [3])  # a product without closed form
 
 
+@pytest.fixture(autouse=True)
+def _two_backends_and_no_measurements(monkeypatch):
+    monkeypatch.setattr(backends, "BACKENDS", (SdpaBackend(), DenseBackend()))
+    monkeypatch.setattr(backends, "ranking", lambda *_: ((), None))
+
+
 def problem_of(dv=8, **options):
     q = torch.zeros(1, 6, 2, 8)
     return make_problem(q, q, torch.zeros(1, 6, 2, dv), scale=1.0, query_start=0, **options)
@@ -80,6 +86,12 @@ def test_an_import_error_is_a_reason():
 def test_unknown_names_are_refused():
     with pytest.raises(InvalidInput, match="'auto', 'sdpa', 'dense'"):
         chosen(problem_of(), name="cuda")
+
+
+def test_the_order_of_all_backends():
+    """On a CPU the C kernel comes first where it can be built, and PyTorch's kernels serve where it cannot."""
+    names = [b.name for b in BACKENDS]
+    assert names.index("native") < names.index("sdpa") < names.index("dense") == len(names) - 1
 
 
 def test_names_are_unique_and_reasons_are_pure():

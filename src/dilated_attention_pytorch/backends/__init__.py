@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from dilated_attention_pytorch.backends.base import Backend, Gradients
 from dilated_attention_pytorch.backends.dense import DenseBackend
+from dilated_attention_pytorch.backends.flash_attn import FlashAttnBackend
+from dilated_attention_pytorch.backends.native import NativeBackend
 from dilated_attention_pytorch.backends.sdpa import SdpaBackend
 from dilated_attention_pytorch.backends.tuning import Choice, ranking
+from dilated_attention_pytorch.backends.xformers import XformersBackend
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
 from dilated_attention_pytorch.plans import Plan, StridedPlan, TilePlan, candidate_plans
 from dilated_attention_pytorch.problem import Problem
 
-BACKENDS: tuple[Backend, ...] = (SdpaBackend(), DenseBackend())
+BACKENDS: tuple[Backend, ...] = (
+    NativeBackend(),
+    FlashAttnBackend(),
+    XformersBackend(),
+    SdpaBackend(),
+    DenseBackend(),
+)
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "DenseBackend",
+    "FlashAttnBackend",
     "Gradients",
+    "NativeBackend",
     "SdpaBackend",
+    "XformersBackend",
     "check_backend_name",
     "needs_tiles",
     "reasons",

@@ -103,7 +103,8 @@ def support(backend: Backend, feature: Feature, device: str) -> list[str]:
     with mock.patch.object(torch.cuda, "get_device_capability", return_value=GPU_CAPABILITY):
         found = [backend.reasons_against(problem, plan) for plan in plans if isinstance(plan, backend.plans)]
     kinds = " or ".join(kind.__name__ for kind in backend.plans)
-    return min(found, key=len) if found else [f"this pattern gives no {kinds}"]
+    nearest = min(found, key=len) if found else [f"this pattern gives no {kinds}"]
+    return [reason for reason in nearest if "does not import" not in reason]
 
 
 def support_columns() -> list[tuple[Backend, str]]:
