@@ -4,7 +4,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dilated_attention_pytorch import explain, longnet, longnet_attention
+from dilated_attention_pytorch import backends, explain, longnet, longnet_attention
+from dilated_attention_pytorch.backends import DenseBackend, SdpaBackend
 from dilated_attention_pytorch.benchmark import attention, baselines, run
 from dilated_attention_pytorch.benchmark.cases import CASES, Case
 from dilated_attention_pytorch.benchmark.measure import Spread, interleaved_seconds, times_faster
@@ -30,13 +31,14 @@ def test_useful_flops_are_those_of_the_plan(case: Case) -> None:
     assert explained.forward_flops + explained.backward_flops == case.flops(with_backward=True)
 
 
-@pytest.mark.parametrize("one_head", [False, True])
-def test_ready_made_pieces_issue_the_same_pairs(one_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("one_head", "causal"), [(False, False), (True, False), (False, True)])
+def test_ready_made_pieces_issue_the_same_pairs(one_head: bool, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Recorder(baselines.CpuFlash):
         pairs = 0
         backward_pairs = 0
 
         def forward(self, q, k, v, scale, is_causal, mask):
+            assert is_causal == causal
             Recorder.pairs += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
             return super().forward(q, k, v, scale, is_causal, mask)
 
@@ -45,7 +47,7 @@ def test_ready_made_pieces_issue_the_same_pairs(one_head: bool, monkeypatch: pyt
             return super().backward(dout, q, k, v, *rest)
 
     monkeypatch.setattr(baselines, "KERNEL", Recorder())
-    baselines.ready_made_pieces(TINY, True, one_head)()
+    baselines.ready_made_pieces(TINY, True, one_head, causal)()
     assert Recorder.pairs == Recorder.backward_pairs == TINY.pairs
 
 
@@ -61,15 +63,41 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert spread == Spread(2.0, 0.5, 3.0, 3)
 
 
-def test_speed_of_a_tiny_shape_and_its_table() -> None:
-    figures = attention.speed(TINY, thread_count=1, rounds=2)
-    assert figures["threads"] == 1
-    assert figures["forward / pieces"]["rounds"] == 2
-    rates = figures["GFLOP/s"]
-    assert all(rate > 0 for rate in rates.values())
-    rows = run.speed_rows({"speed": {"A": [figures]}})
-    assert {row[2] for row in rows} >= set(run.GOALS)
-    assert [row[4] for row in rows if row[2] == "forward / pieces"] == ["0.93"]
+class Doubled(SdpaBackend):
+    name = "native"
+
+
+def test_speed_of_a_tiny_shape_and_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "GEMM_SIZE", 32)
+    for module in (attention, backends):
+        monkeypatch.setattr(module, "BACKENDS", (SdpaBackend(), Doubled(), DenseBackend()))
+    calls: list[int] = []
+    figures = [attention.speed(TINY, count, 2, lambda: calls.append(1)) for count in (1, 2)]
+    assert len(calls) == run.total_runs((TINY,), (1, 2), 2) - 2 * len(attention.SCALING_LENGTHS)
+    assert torch.get_num_threads() == 1
+    for name in ("sdpa", "native"):
+        ratios = figures[0]["backends"][name]
+        assert ratios["forward / pieces"]["rounds"] == 2
+        assert set(run.GOALS[name]) - {run.ON_THREADS} <= set(ratios)
+        assert run.ON_THREADS in figures[1]["backends"][name]
+    assert all(rate > 0 for rate in figures[0]["GFLOP/s"].values())
+    rows = run.speed_rows({"speed": {"A": figures}})
+    goals = {(row[1], row[2], row[3]): row[5] for row in rows}
+    assert goals["1", "sdpa", "forward / pieces"] == "0.93"
+    assert goals["1", "native", "forward / pieces"] == "1.15"
+    assert goals["2", "native", "forward / pieces"] == ""
+    assert goals["2", "native", run.ON_THREADS] == "1.90"
+
+
+def test_a_backend_that_is_absent_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "GEMM_SIZE", 32)
+    monkeypatch.setattr(Doubled, "import_error", lambda self: "no C compiler found")
+    monkeypatch.setattr(attention, "BACKENDS", (SdpaBackend(), Doubled()))
+    figures = attention.speed(TINY, thread_count=1, rounds=1)
+    assert figures["backends"]["native"] == {"absent": "no C compiler found"}
+    assert ("A", "1", "native", "no C compiler found", "", "") in run.speed_rows({"speed": {"A": [figures]}})
+    monkeypatch.setattr(attention, "BACKENDS", (SdpaBackend(),))
+    assert attention.absent("native") == "there is no backend 'native'"
 
 
 def test_memory_of_a_forward_includes_its_output() -> None:
@@ -81,7 +109,11 @@ def test_memory_of_a_forward_includes_its_output() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(("--shapes", "AX"), "letters of A, B, C"), (("--threads", "1,0"), "numbers of at least 1")],
+    [
+        (("--shapes", "AX"), "letters of A, B, C"),
+        (("--threads", "1,0"), "numbers of at least 1"),
+        (("--only", "memory"), "one of all, speed, grid"),
+    ],
 )
 def test_bench_refuses_what_it_does_not_know(arguments: tuple[str, ...], expected: str) -> None:
     result = CliRunner().invoke(app, ["bench", *arguments])

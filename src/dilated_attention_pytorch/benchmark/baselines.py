@@ -14,7 +14,9 @@ from dilated_attention_pytorch.benchmark.cases import Case
 KERNEL = CpuFlash()
 
 
-def ready_made_pieces(case: Case, with_backward: bool, one_head_at_a_time: bool = False) -> Callable[[], None]:
+def ready_made_pieces(
+    case: Case, with_backward: bool, one_head_at_a_time: bool = False, is_causal: bool = False
+) -> Callable[[], None]:
     """A run of the fused kernel over contiguous dense problems of the lengths ``w / r``: no views, no merging.
 
     With ``one_head_at_a_time`` the same arithmetic runs head by head in the same few buffers, which stay in cache.
@@ -30,9 +32,9 @@ def ready_made_pieces(case: Case, with_backward: bool, one_head_at_a_time: bool 
     def run() -> None:
         for _ in range(repeats):
             for q, k, v, dout in problems:
-                out, lse = KERNEL.forward(q, k, v, scale, False, None)
+                out, lse = KERNEL.forward(q, k, v, scale, is_causal, None)
                 if with_backward:
-                    KERNEL.backward(dout, q, k, v, out, lse, scale, False, None)
+                    KERNEL.backward(dout, q, k, v, out, lse, scale, is_causal, None)
 
     return run
 

@@ -16,21 +16,53 @@ from dilated_attention_pytorch.benchmark.attention import (
     memory,
     scaling,
     speed,
+    speed_runs,
 )
 from dilated_attention_pytorch.benchmark.cases import CASES, Case
+from dilated_attention_pytorch.benchmark.grid import measure_grid
 from dilated_attention_pytorch.training.environment import device_name, versions
 
-GOALS = {  # one thread; what falls short is shown, not hidden
-    "forward / pieces": {"A": 0.93, "B": 0.85, "C": 0.95},
-    "forward + backward / pieces": {"A": 0.93, "B": 0.83, "C": 0.93},
-    "forward / gather-scatter": {"B": 1.5, "C": 1.5},
+GOALS: dict[str, dict[str, dict[str, float]]] = {  # what falls short is shown, not hidden
+    "sdpa": {
+        "forward / pieces": {"A": 0.93, "B": 0.85, "C": 0.95},
+        "forward + backward / pieces": {"A": 0.93, "B": 0.83, "C": 0.93},
+        "forward / gather-scatter": {"B": 1.5, "C": 1.5},
+    },
+    "native": {
+        "forward / pieces": {"A": 1.15, "B": 1.30, "C": 1.12},
+        "forward + backward / pieces": {"A": 1.12, "B": 1.25, "C": 1.12},
+        "causal forward / causal pieces": {"B": 1.5},
+        "bfloat16 forward / float32 forward": {"A": 0.9, "B": 0.9, "C": 0.9},
+        "forward on these threads / on one": {"A": 1.9, "B": 1.9, "C": 1.9},
+    },
 }
-SPEED_RUNS = 7  # candidates in a round of `speed`
+"""By backend, ratio and shape; on one thread, but the ratio of threads on two."""
+ON_THREADS = "forward on these threads / on one"
+
+
+def goal(backend: str, ratio: str, shape: str, threads: int) -> float | None:
+    """What a ratio shall reach, or None."""
+    if threads != (2 if ratio == ON_THREADS else 1):
+        return None
+    return GOALS.get(backend, {}).get(ratio, {}).get(shape)
 
 
 def total_runs(cases: tuple[Case, ...], thread_counts: tuple[int, ...], rounds: int) -> int:
     """How often `run_benchmarks` calls its progress function."""
-    return rounds * (len(cases) * len(thread_counts) * SPEED_RUNS + len(SCALING_LENGTHS))
+    tiny = Case("tiny", 4, 1, 4, (4,), (1,))
+    runs = sum(len(speed_runs(tiny, count)) for count in thread_counts)
+    return rounds * (len(cases) * runs + len(SCALING_LENGTHS))
+
+
+def about(rounds: int) -> dict[str, Any]:
+    """What stands beside all figures: device, system, versions, rounds."""
+    return {
+        "device": device_name("cpu").partition(",")[0],
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": versions(),
+        "rounds": rounds,
+    }
 
 
 def run_benchmarks(
@@ -39,18 +71,18 @@ def run_benchmarks(
     rounds: int = 5,
     progress: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
-    """Measure everything; a dictionary that JSON can hold, with device and versions beside the figures."""
-    return {
-        "device": device_name("cpu").partition(",")[0],
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": versions(),
-        "rounds": rounds,
+    """Measure speed, scaling, memory and import; a dictionary that JSON can hold."""
+    return about(rounds) | {
         "speed": {case.name: [speed(case, count, rounds, progress) for count in thread_counts] for case in cases},
         "scaling": scaling(1, rounds, progress),
         "memory": memory(SCALING),
         "import": import_seconds(rounds),
     }
+
+
+def run_grid(rounds: int = 5, progress: Callable[[], object] | None = None) -> dict[str, Any]:
+    """Measure auto against the best backend on the grid; a dictionary that JSON can hold."""
+    return about(rounds) | measure_grid(rounds, progress)
 
 
 def device_folder(device: str) -> str:
@@ -63,24 +95,32 @@ def device_folder(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "unknown"
 
 
-SPEED_COLUMNS = ("shape", "threads", "figure", "ratio", "goal")
+SPEED_COLUMNS = ("shape", "threads", "backend", "figure", "ratio", "goal")
 
 
 def speed_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of the speed table: shape, threads, which ratio, median (lowest-highest), goal on one thread."""
+    """Rows of the speed table: shape, threads, backend, which ratio, median (lowest-highest), goal."""
     rows: list[tuple[str, ...]] = []
     for name, measured in results["speed"].items():
         for figures in measured:
-            place = (name, str(figures["threads"]))
-            for ratio in (*GOALS, "hot pieces / pieces"):
-                spread = figures[ratio]
-                goal = GOALS.get(ratio, {}).get(name) if figures["threads"] == 1 else None
-                cell = f"{spread['median']:.2f} ({spread['low']:.2f}-{spread['high']:.2f})"
-                rows.append((*place, ratio, cell, "" if goal is None else f"{goal:.2f}"))
-            rates = figures["GFLOP/s"]
-            words = f"{rates['forward']:.0f}, {rates['pieces']:.0f}, {rates['gemm']:.0f}"
-            rows.append((*place, "GFLOP/s of forward, pieces, GEMM", words, ""))
+            place, rates = (name, str(figures["threads"])), figures["GFLOP/s"]
+            for backend, ratios in figures["backends"].items():
+                if "absent" in ratios:
+                    rows.append((*place, backend, ratios["absent"], "", ""))
+                    continue
+                for ratio, spread in ratios.items():
+                    wanted = goal(backend, ratio, name, figures["threads"])
+                    rows.append((*place, backend, ratio, _cell(spread), "" if wanted is None else f"{wanted:.2f}"))
+                rate = f"{rates[f'{backend} forward']:.0f}, {rates[f'{backend} both']:.0f}"
+                rows.append((*place, backend, "GFLOP/s forward, forward + backward", rate, ""))
+            rows.append((*place, "", "hot pieces / pieces", _cell(figures["hot pieces / pieces"]), ""))
+            rate = f"{rates['pieces']:.0f}, {rates['pieces, both']:.0f}, {rates['gemm']:.0f}"
+            rows.append((*place, "", "GFLOP/s of pieces forward, both, GEMM", rate, ""))
     return rows
+
+
+def _cell(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['low']:.2f}-{spread['high']:.2f})"
 
 
 def other_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:

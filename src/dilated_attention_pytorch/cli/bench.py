@@ -1,45 +1,61 @@
-"""`dilated-attention bench`: speed, scaling, memory and import time, printed and stored."""
+"""`dilated-attention bench`: speed, auto against the best, scaling, memory and import time, printed and stored."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dilated_attention_pytorch.cli.console import err, out
 from dilated_attention_pytorch.errors import InvalidInput
 
+PARTS = ("all", "speed", "grid")
+
 
 def bench(
+    only: Annotated[str, typer.Option(help="all, speed (shapes, scaling, memory, import) or grid.")] = "all",
     shapes: Annotated[str, typer.Option(help="Which shapes to measure: letters of A, B, C.")] = "ABC",
     threads: Annotated[str, typer.Option(help="Thread counts, separated by commas.")] = "1,2",
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; figures are medians over them.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; figures are medians over them.")] = 3,
+    gpu: Annotated[bool, typer.Option(help="Measure on the GPU instead: under 8 minutes.")] = False,
     folder: Annotated[
-        Path, typer.Option("--out", help="Where to store <device>/attention.json and scaling.png.")
+        Path, typer.Option("--out", help="Where to store <device>/attention.json, grid.json, scaling.png, gpu.json.")
     ] = Path("benchmarks/results"),
 ) -> None:
     """Measure dilated attention on this machine's CPU: some minutes, best on an otherwise idle machine.
 
     Every figure is a ratio of two runs of the same round, so that a noisy machine disturbs both sides.
-    "pieces" is the same fused kernel on ready-made contiguous problems of the lengths w / r, without
+    "pieces" is PyTorch's fused kernel on ready-made contiguous problems of the lengths w / r, without
     any views or merging; "gather-scatter" is torchscale's dataflow on the same kernel. Above 1 is faster.
 
-    Example: [bold]dilated-attention bench --shapes B --threads 1 --rounds 3[/bold]
+    The grid compares auto with every backend that can, and flags where it is more than 10 % behind the best:
+    "dilated-attention tune" mends that.
+
+    [bold]Examples[/bold]
+
+    dilated-attention bench --only speed --shapes B --threads 1
+
+    dilated-attention bench --only grid
     """
+    if only not in PARTS:
+        raise InvalidInput(f"--only: expected one of {', '.join(PARTS)}. Got {only!r}.")
+    if gpu:
+        bench_gpu(folder, rounds)
+        return
+    if only in ("all", "speed"):
+        bench_speed(shapes, threads, rounds, folder)
+    if only in ("all", "grid"):
+        bench_grid(rounds, folder)
+
+
+def bench_speed(shapes: str, threads: str, rounds: int, folder: Path) -> None:
+    """Print the speed of each backend on the shapes, and scaling, memory and import; store attention.json."""
+    from dilated_attention_pytorch.benchmark import run
     from dilated_attention_pytorch.benchmark.cases import CASES
-    from dilated_attention_pytorch.benchmark.run import (
-        SPEED_COLUMNS,
-        device_folder,
-        other_rows,
-        run_benchmarks,
-        speed_rows,
-        total_runs,
-    )
-    from dilated_attention_pytorch.reports.figures import Curve, check_matplotlib, line_figure
-    from dilated_attention_pytorch.reports.progress import share_progress
+    from dilated_attention_pytorch.reports.figures import check_matplotlib
     from dilated_attention_pytorch.reports.tables import Table
-    from dilated_attention_pytorch.training.files import write_json
 
     cases = tuple(case for case in CASES if case.name in shapes)
     unknown = sorted(set(shapes) - {case.name for case in CASES})
@@ -50,25 +66,80 @@ def bench(
         raise InvalidInput(f"--threads: expected numbers of at least 1, as in 1,2. Got {threads!r}.")
     counts = tuple(int(word) for word in words)
     check_matplotlib()
+    results = measured(
+        "measuring speed",
+        run.total_runs(cases, counts, rounds),
+        lambda progress: run.run_benchmarks(cases, counts, rounds, progress),
+    )
+    note = "Ratios above 1 are faster: median (lowest-highest).\n" + "\n".join(
+        f"{case.name}: {case.describe()}" for case in cases
+    )
+    title = f"Speed on {results['device']}, float32, torch {results['versions']['torch']}, {rounds} rounds"
+    out.print(Table(title, run.SPEED_COLUMNS, run.speed_rows(results), note).to_rich())
+    out.print(Table("Scaling, memory, import", ("figure", "measured", "goal"), run.other_rows(results)).to_rich())
+    scaling_figure(results, stored(results, folder, "attention.json"))
 
-    done, total = 0, total_runs(cases, counts, rounds)
-    with share_progress(err, "measuring") as show:
+
+def bench_grid(rounds: int, folder: Path) -> None:
+    """Print auto against the best backend on each shape of the grid; store grid.json."""
+    from dilated_attention_pytorch.benchmark.grid import GRID, GRID_COLUMNS, grid_rows
+    from dilated_attention_pytorch.benchmark.run import run_grid
+    from dilated_attention_pytorch.reports.tables import Table
+
+    results = measured("measuring the grid", len(GRID), lambda progress: run_grid(rounds, progress))
+    absent = "".join(f"\n{name} is absent: {why}" for name, why in results["absent"].items())
+    behind = f"{len(results['behind'])} of {len(results['shapes'])} shapes are more than 10 % behind the best"
+    title = f"auto against the best backend on {results['device']}, {results['threads']} threads, {rounds} rounds"
+    table = Table(title, GRID_COLUMNS, grid_rows(results), behind + absent)
+    out.print(table.to_rich())
+    stored(results, folder, "grid.json")
+
+
+def bench_gpu(folder: Path, rounds: int) -> None:
+    """Print what `benchmark.gpu` measures on the GPU; store gpu.json."""
+    from dilated_attention_pytorch.benchmark import gpu
+    from dilated_attention_pytorch.reports.progress import share_progress
+    from dilated_attention_pytorch.reports.tables import Table
+
+    device = gpu.find_device()
+    with share_progress(err, "measuring on the GPU") as show:
+        results = gpu.run_gpu(device, rounds, show)
+    for title, columns, rows in gpu.gpu_tables(results):
+        out.print(Table(title, columns, rows).to_rich())
+    stored(results, folder, "gpu.json")
+
+
+def measured(words: str, total: int, work: Callable[[Callable[[], None]], dict[str, Any]]) -> dict[str, Any]:
+    """The results of the work, which calls its progress function so many times."""
+    from dilated_attention_pytorch.reports.progress import share_progress
+
+    done = 0
+    with share_progress(err, words) as show:
 
         def progress() -> None:
             nonlocal done
             done += 1
             show(done / total)
 
-        results = run_benchmarks(cases, counts, rounds, progress)
-    note = "Ratios above 1 are faster: median (lowest-highest).\n" + "\n".join(
-        f"{case.name}: {case.describe()}" for case in cases
-    )
-    title = f"Speed on {results['device']}, float32, torch {results['versions']['torch']}, {rounds} rounds"
-    out.print(Table(title, SPEED_COLUMNS, speed_rows(results), note).to_rich())
-    out.print(Table("Scaling, memory, import", ("figure", "measured", "goal"), other_rows(results)).to_rich())
+        return work(progress)
+
+
+def stored(results: dict[str, Any], folder: Path, name: str) -> Path:
+    """The folder of the device, with the results written in it under this name."""
+    from dilated_attention_pytorch.benchmark.run import device_folder
+    from dilated_attention_pytorch.training.files import write_json
+
     target = folder / device_folder(results["device"])
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "attention.json", results)
+    write_json(target / name, results)
+    out.print(f"stored {target / name}", soft_wrap=True)
+    return target
+
+
+def scaling_figure(results: dict[str, Any], target: Path) -> None:
+    """``scaling.png`` in the target folder shows the cost of one token against length."""
+    from dilated_attention_pytorch.reports.figures import Curve, line_figure
+
     seconds = results["scaling"]["seconds"]
     lengths = [int(n) for n in seconds]
     rates = [1e6 * seconds[str(n)]["median"] / n for n in lengths]
@@ -80,4 +151,3 @@ def bench(
         [Curve(lengths, rates, "forward")],
         ticks=lengths,
     )
-    out.print(f"stored in {target}")

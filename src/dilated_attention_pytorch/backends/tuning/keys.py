@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -105,8 +105,9 @@ def device_name(device: torch.device) -> str:
     """
     if device_type(device) == "cpu":
         return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
-    name = getattr(getattr(torch, device.type, None), "get_device_name", None)
-    return device.type if name is None else str(name(device))
+    module: Any = getattr(torch, device.type, None)
+    here = hasattr(module, "get_device_name") and module.is_available()  # tensors may stand for a device elsewhere
+    return str(module.get_device_name(device)) if here else device.type
 
 
 def device_type(device: torch.device) -> str:
