@@ -134,9 +134,10 @@ def test_selective_checkpointing_keeps_attention(monkeypatch, keeps, runs, compi
     options = {}
     if keeps is not None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, keeps)
-    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    run = partial(checkpoint, layer, use_reentrant=False, **options)
+    if compiled:
+        run = torch.compile(run, backend="aot_eager", fullgraph=True)
     calls.clear()
-    y = checkpoint(run, x, use_reentrant=False, **options)
-    found = torch.autograd.grad(y.square().sum(), layer.parameters())
+    found = torch.autograd.grad(run(x).square().sum(), layer.parameters())
     torch.testing.assert_close(found, expected)
     assert len(calls) == runs

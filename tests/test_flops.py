@@ -1,7 +1,10 @@
 """FlopCounterMode counts useful FLOPs: those that explain() shows, forward and backward."""
 
+import re
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +142,17 @@ import inspect
 assert "class FlopCounterMode" in inspect.getsource(FlopCounterMode)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_page_on_compiling_runs(monkeypatch):
+    """Its three examples, one after another, compiled by the quickest backend."""
+    page = (Path(__file__).parent.parent / "docs" / "compile.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["y"].shape == (2, 1000, 64)
+    q = torch.empty(2, 1000, 4, 16)
+    assert names["flops"] == explain(q, q, q, longnet([256, 1024], [1, 4]) & Causal()).forward_flops
