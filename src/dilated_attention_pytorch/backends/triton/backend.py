@@ -113,7 +113,7 @@ def _kernel(name: str) -> Any:
 
 def interpreting() -> bool:
     """Whether Triton was imported with TRITON_INTERPRET=1, so that kernels run on the CPU."""
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, import-not-found]
 
     return isinstance(_kernel("forward_list"), InterpretedFunction)
 

@@ -1,8 +1,9 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
-"""Backward kernels: dq by tiles of queries, dk and dv by tiles of keys, with no atomic additions. walk.py has the legend.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found"
+"""Backward kernels: dq by tiles of queries, dk and dv by tiles of keys, with no atomic additions.
 
-Both walk the forward kernels' relation, the keys' tiles with its sides exchanged. Sums are float32, over every branch
-and, for dk and dv, over every query head that reads the key; each gradient is written once.
+walk.py has the legend. Both kinds walk the forward kernels' relation, the tiles of keys with its sides exchanged. Sums
+are float32, over every branch and, for dk and dv, over every query head that reads the key. Each gradient is written
+once.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def queries_list(
     if DROPOUT:
         seed = tl.load(SEED)
     dq = tl.zeros([BM, DP], tl.float32)
+    idle = tl.zeros([BM], tl.float32)
     dq, _, _ = visit_all(
-        dq, 0, 0, q, dout, lse, delta, pos, ok, low, high,
+        dq, idle, idle, q, dout, lse, delta, pos, ok, low, high,
         K + b * k_sample + h // SHARE * k_head, V + b * v_sample + h // SHARE * v_head, LSE, DELTA,
         BRANCH, PLACE + head * branches, DOCUMENT + b * document_sample, RELATIVE_TABLE + h * relative_head,
         branches, QUERY_START, KEY_START, visible_end(KEY_LENGTH, sample, KEY_START, NK, PADDED), k_row, v_row,
@@ -116,11 +118,12 @@ def keys_list(
         seed = tl.load(SEED)
     dk = tl.zeros([BM, DP], tl.float32)
     dv = tl.zeros([BM, DVP], tl.float32)
-    for member in range(0, SHARE):
+    idle = tl.zeros([BM], tl.float32)
+    for member in range(SHARE):
         query_head = head * SHARE + member
         h = query_head.to(tl.int64)
         dk, dv, _ = visit_all(
-            dk, dv, 0, k, v, 0, 0, pos, visible, low, high,
+            dk, dv, idle, k, v, idle, idle, pos, visible, low, high,
             Q + b * q_sample + h * q_head, DOUT + b * g_sample + h * g_head,
             LSE + (b * H + h) * NQ, DELTA + (b * H + h) * NQ,
             BRANCH, PLACE + query_head * branches, DOCUMENT + b * document_sample, RELATIVE_TABLE + h * relative_head,
@@ -162,15 +165,16 @@ def queries_blocks(
         seed = tl.load(SEED)
     block = b * table_sample + h * table_head + tl.program_id(0) * BM // BLOCK_Q
     dq = tl.zeros([BM, DP], tl.float32)
+    idle = tl.zeros([BM], tl.float32)
     dq, _, _ = visit(
-        dq, 0, 0, q, dout, lse, delta, pos, local, ok, k, v, LSE, DELTA,
+        dq, idle, idle, q, dout, lse, delta, pos, local, ok, k, v, LSE, DELTA,
         FULL_LIST + block * FULL_WIDTH, FULL_COUNT + block * FULL_WIDTH, COUNTS, KEY_AT, relative,
         0, tl.load(FULL_NUM + block) * (BLOCK_K // BN), NK, 0, 1, 0, k_row, v_row, 0, 0,
         scale, reach, sample * H + head, seed, threshold, keep,
         BN, D, DP, DV, DVP, QUERIES, RAGGED, False, 1, BLOCK_K, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
     )  # fmt: skip
     dq, _, _ = visit(
-        dq, 0, 0, q, dout, lse, delta, pos, local, ok, k, v, LSE, DELTA,
+        dq, idle, idle, q, dout, lse, delta, pos, local, ok, k, v, LSE, DELTA,
         LIST + block * WIDTH, ENTRY + block * WIDTH, COUNTS, KEY_AT, relative,
         0, tl.load(NUM + block) * (BLOCK_K // BN), NK, 0, 1, 0, k_row, v_row, 0, 0,
         scale, reach, sample * H + head, seed, threshold, keep,
@@ -204,7 +208,8 @@ def keys_blocks(
         seed = tl.load(SEED)
     dk = tl.zeros([BM, DP], tl.float32)
     dv = tl.zeros([BM, DVP], tl.float32)
-    for member in range(0, SHARE):
+    idle = tl.zeros([BM], tl.float32)
+    for member in range(SHARE):
         head = kv_head * SHARE + member
         h = head.to(tl.int64)
         q = Q + b * q_sample + h * q_head
@@ -214,14 +219,14 @@ def keys_blocks(
         relative = RELATIVE_TABLE + h * relative_head
         block = b * table_sample + h * table_head + tl.program_id(0) * BM // BLOCK_K
         dk, dv, _ = visit(
-            dk, dv, 0, k, v, 0, 0, pos, local, ok, q, dout, lse, delta,
+            dk, dv, idle, k, v, idle, idle, pos, local, ok, q, dout, lse, delta,
             FULL_LIST + block * FULL_WIDTH, FULL_COUNT + block * FULL_WIDTH, COUNTS, QUERY_AT, relative,
             0, tl.load(FULL_NUM + block) * (BLOCK_Q // BN), NQ, 0, 1, 0, q_row, g_row, 0, 0,
             scale, reach, sample * H + head, seed, threshold, keep,
             BN, D, DP, DV, DVP, KEYS, RAGGED, False, 1, BLOCK_Q, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
         )  # fmt: skip
         dk, dv, _ = visit(
-            dk, dv, 0, k, v, 0, 0, pos, local, ok, q, dout, lse, delta,
+            dk, dv, idle, k, v, idle, idle, pos, local, ok, q, dout, lse, delta,
             LIST + block * WIDTH, ENTRY + block * WIDTH, COUNTS, QUERY_AT, relative,
             0, tl.load(NUM + block) * (BLOCK_Q // BN), NQ, 0, 1, 0, q_row, g_row, 0, 0,
             scale, reach, sample * H + head, seed, threshold, keep,

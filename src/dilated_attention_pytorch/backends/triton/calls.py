@@ -54,8 +54,12 @@ def calls(problem: Problem, plan: Plan, task: str, options: TritonOptions) -> tu
         known = _known.setdefault(plan, {})
         if key in known:
             return known[key]
-    make = _tile_calls if isinstance(plan, TilePlan) else _strided_calls
-    made = tuple(call for call in make(p, plan, task, options) if min(call.grid) > 0)  # type: ignore[operator]
+    if isinstance(plan, TilePlan):
+        found = _tile_calls(p, plan, task, options)
+    else:
+        assert isinstance(plan, StridedPlan)
+        found = _strided_calls(p, plan, task, options)
+    made = tuple(call for call in found if min(call.grid) > 0)
     with _lock:
         known[key] = made
     return made
@@ -144,9 +148,19 @@ def row_sums_call(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | No
     p, dv = problem, problem.v.shape[3]
     delta = empty((p.batch, p.num_heads, p.query_length), torch.float32, p.q.device)
     arguments: Arguments = {
-        **{"OUT": out, "DOUT": dout, "DELTA": delta, **strides("o", out), **strides("g", dout)},
-        **{"DLSE": delta if dlse is None else dlse.contiguous(), "WITH_DLSE": dlse is not None},
-        **{"NQ": p.query_length, "H": p.num_heads, "DV": dv, "DVP": power_of_two(dv)},
-        **{"BM": 64, "num_warps": 4, "num_stages": 1},
+        "OUT": out,
+        "DOUT": dout,
+        "DELTA": delta,
+        **strides("o", out),
+        **strides("g", dout),
+        "DLSE": delta if dlse is None else dlse.contiguous(),
+        "WITH_DLSE": dlse is not None,
+        "NQ": p.query_length,
+        "H": p.num_heads,
+        "DV": dv,
+        "DVP": power_of_two(dv),
+        "BM": 64,
+        "num_warps": 4,
+        "num_stages": 1,
     }
     return Call("row_sums", (-(-p.query_length // 64), p.num_heads, p.batch), arguments), delta

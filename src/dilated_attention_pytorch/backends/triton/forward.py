@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found"
 """Forward kernels: a list of tiles of any branches, one branch on a grid, and a TilePlan. walk.py has the legend.
 
 Each writes out (B, Nq, H, Dv) and lse (B, H, Nq), both contiguous. With CARRY a launch goes on from what an earlier one
@@ -131,13 +131,14 @@ def forward_list(
 def forward_branch(
     Q, K, V, OUT, LSE, PLACE, KEY_LENGTH, SEED, RELATIVE_TABLE,
     q_sample, q_row, q_head, k_sample, k_row, k_head, v_sample, v_row, v_head, relative_head,
-    QUERY_START, KEY_START, NQ, NK, H, segment_length, rate, behind, ahead, first_segment, scale, reach, threshold, keep,
+    QUERY_START, KEY_START, NQ, NK, H, segment_length, rate, behind, ahead, first_segment,
+    scale, reach, threshold, keep,
     SHARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SIGN: tl.constexpr,
     CARRY: tl.constexpr, BEHIND: tl.constexpr, AHEAD: tl.constexpr, PADDED: tl.constexpr,
     RELATIVE: tl.constexpr, DROPOUT: tl.constexpr, F32: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Out and lse of BM grid places of one segment of one branch. Programs: (tile of a segment, segment, sample * head).
+    """Out and lse of BM grid places of one segment of one branch. Programs: (tile, segment, sample * head).
 
     Later tiles come first where queries see what is behind them: those are the heavy ones.
     """
@@ -165,7 +166,8 @@ def forward_branch(
             seed = tl.load(SEED)
         acc, top, total = visit_segment(
             acc, top, total, q, q, top, top, pos, ok, True,
-            tl.maximum(low, QUERY_START), tl.minimum(low + (BM - 1) * rate, stop - 1), start + c, start + segment_length,
+            tl.maximum(low, QUERY_START), tl.minimum(low + (BM - 1) * rate, stop - 1),
+            start + c, start + segment_length,
             K + b * k_sample + h // SHARE * k_head, V + b * v_sample + h // SHARE * v_head, LSE, LSE,
             RELATIVE_TABLE + h * relative_head, rate, behind, ahead,
             KEY_START, visible_end(KEY_LENGTH, sample, KEY_START, NK, PADDED), k_row, v_row,
@@ -188,7 +190,8 @@ def block_rows(AT, n, N, BM: tl.constexpr, BLOCK: tl.constexpr, PLACED: tl.const
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def forward_blocks(
-    Q, K, V, OUT, LSE, NUM, LIST, ENTRY, FULL_NUM, FULL_LIST, FULL_COUNT, COUNTS, QUERY_AT, KEY_AT, SEED, RELATIVE_TABLE,
+    Q, K, V, OUT, LSE, NUM, LIST, ENTRY, FULL_NUM, FULL_LIST, FULL_COUNT, COUNTS, QUERY_AT, KEY_AT, SEED,
+    RELATIVE_TABLE,
     q_sample, q_row, q_head, k_sample, k_row, k_head, v_sample, v_row, v_head,
     table_sample, table_head, relative_head,
     NQ, NK, H, WIDTH, FULL_WIDTH, scale, reach, threshold, keep,

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found"
 """The walk that every kernel shares: rows of a tile over documents, branches, segments and blocks of the other side.
 
 Legend: a tile holds BM rows of its own side, at positions `pos`; the other side is visited BN rows at a time. MODE says
@@ -79,12 +79,12 @@ def visit(
 ):  # fmt: skip
     """The sums of a tile, further by `steps` blocks of BN rows of the other side. This is the only key loop there is.
 
-    Without TABLE the blocks hold places n = begin, begin + 1, ... below `end`, which stand at positions first + n * step.
+    Without TABLE the blocks hold places n = begin, begin + 1, ... below `end`, standing at positions first + n * step.
     With TABLE they are the blocks of BLOCK rows that LIST names; ENTRY is the one count of each (TABLE 1), or names its
     table in COUNTS (TABLE 2), where the tile's rows are `local`.
     """
     column = tl.arange(0, BN)
-    for t in range(0, steps):
+    for t in range(steps):
         if TABLE == 0:
             n = begin + t * BN + column
             place = first + n * step
@@ -238,7 +238,7 @@ def visit_document(
     BRANCH holds (segment length, rate, tokens seen behind, tokens seen ahead) of each branch as queries see keys; PLACE
     the head's place in each branch's grid, -1 where the head does not run it. Rows stand from low to high.
     """
-    for b in range(0, branches):
+    for b in range(branches):
         w = tl.load(BRANCH + 4 * b)
         r = tl.load(BRANCH + 4 * b + 1)
         behind = tl.load(BRANCH + 4 * b + 2)
