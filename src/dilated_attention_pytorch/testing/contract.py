@@ -35,6 +35,8 @@ class ContractViolation(AssertionError):
 class ContractReport:
     """How many checks a backend passed, and for which cases it gave reasons instead.
 
+    ``forward_only`` holds the cases whose gradients it refuses: their out and lse are checked.
+
     Example:
         >>> print(ContractReport(3, {"full-bias float32": ("no bias",)}))
         3 checks passed, 1 cases refused
@@ -43,10 +45,15 @@ class ContractReport:
 
     checked: int = 0
     refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    forward_only: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.checked} checks passed, {len(self.refused)} cases refused"]
-        return "\n".join([*lines, *(f"  {name}: {'; '.join(why)}" for name, why in self.refused.items())])
+        if self.forward_only:
+            lines[0] += f", {len(self.forward_only)} without gradients"
+        for kind, cases in (("", self.refused), ("gradients of ", self.forward_only)):
+            lines += [f"  {kind}{name}: {'; '.join(why)}" for name, why in cases.items()]
+        return "\n".join(lines)
 
 
 def check_contract(
@@ -80,12 +87,10 @@ def check_case(
     problem = case.problem(dtype, device)
     name = f"{case.name} {str(dtype).removeprefix('torch.')}"
     check_plans(plans_for(backend, problem, case.pattern), problem, case.pattern, name)
-    plan, against = reasons(backend, problem, plans_for(backend, problem, case.pattern))
-    if plan is None:
-        if not against:
-            raise ContractViolation(f"{name}: {backend.name} refuses without a reason")
-        report.refused[name] = tuple(against)
+    accepted = accepted_problem(backend, problem, case.pattern, name, report)
+    if accepted is None:
         return
+    problem = accepted
     check_values(backend, problem, case.pattern, name)
     report.checked += 1
     if dtype == torch.float32:  # what these laws add to law 1 does not depend on the dtype
@@ -94,6 +99,23 @@ def check_case(
             check_causal(backend, problem, case.pattern, kind, name)
             check_padded_alone(backend, problem, case.pattern, kind, name)
             report.checked += 3
+
+
+def accepted_problem(
+    backend: Backend, problem: Problem, pattern: Pattern, name: str, report: ContractReport
+) -> Problem | None:
+    """The problem as the backend takes it: whole, without gradients, or not at all, with its reasons in the report."""
+    plan, against = reasons(backend, problem, plans_for(backend, problem, pattern))
+    if plan is not None:
+        return problem
+    if not against:
+        raise ContractViolation(f"{name}: {backend.name} refuses without a reason")
+    without = replace(problem, needs_grad=False)
+    if reasons(backend, without, plans_for(backend, without, pattern))[0] is None:
+        report.refused[name] = tuple(against)
+        return None
+    report.forward_only[name] = tuple(against)
+    return without
 
 
 def plans_for(backend: Backend, problem: Problem, pattern: Pattern) -> tuple[Plan, ...]:
@@ -152,14 +174,18 @@ def check_values(backend: Backend, problem: Problem, pattern: Pattern, name: str
         _check_layout(name, found)
         _compare("law 1", name, problem, found, expected, dout, limits)
         _check_unseen(name, problem, found, expected, counts(problem, pattern))
+        if not problem.needs_grad:
+            continue
         without = run(backend, problem, plan, dout, None)
         _compare("law 1 without dlse", name, problem, without, truth(problem, pattern, dout, None), dout, limits)
 
 
 def run(backend: Backend, problem: Problem, plan: Plan, dout: Tensor, dlse: Tensor | None) -> Result:
-    """Forward and backward of one plan, with memory from `empty` full of NaN."""
+    """Forward of one plan, and backward where the problem needs it, with memory from `empty` full of NaN."""
     with fill_with_nan(), torch.no_grad():
         out, lse = backend.forward(problem, plan)
+        if not problem.needs_grad:
+            return Result(out, lse, None)
         return Result(out, lse, backend.backward(problem, plan, dout, dlse, out, lse))
 
 
@@ -182,6 +208,8 @@ def _compare(
     limits: dict[str, float] | None = None,
 ) -> None:
     wanted = {"out": problem.q, "dq": problem.q, "dk": problem.k, "dv": problem.v}
+    if found.grads is None:
+        expected = expected.forward_only()
     for part, x in found.named().items():
         y = expected.named()[part]
         dtype = wanted[part].dtype if part in wanted else problem.accumulate_dtype
@@ -205,13 +233,14 @@ def _check_unseen(name: str, problem: Problem, found: Result, expected: Result, 
     rows = expected.lse == -torch.inf  # (B, H, Nq)
     if bool(((found.lse == -torch.inf) != rows).any()):
         raise ContractViolation(f"law 2, {name}: lse is not -inf exactly in the rows that see no key")
-    for part in ("out", "dq"):
-        if bool((found.named()[part].transpose(1, 2)[rows] != 0).any()):
+    named = found.named()
+    for part in {"out", "dq"} & set(named):
+        if bool((named[part].transpose(1, 2)[rows] != 0).any()):
             raise ContractViolation(f"law 2, {name}: {part} is not 0 in rows that see no key")
     b, _, _, nk = seen.shape
     keys = seen.sum(2).view(b, problem.k.shape[2], -1, nk).sum(2) == 0  # (B, Hkv, Nk)
-    for part in ("dk", "dv"):
-        if bool((found.named()[part].transpose(1, 2)[keys] != 0).any()):
+    for part in {"dk", "dv"} & set(named):
+        if bool((named[part].transpose(1, 2)[keys] != 0).any()):
             raise ContractViolation(f"law 2, {name}: {part} is not 0 for keys that no row sees")
 
 
@@ -280,6 +309,8 @@ def _run_parts(
                 return None
             results = [backend.forward(x, plan) for x, plan in zip(line, line_plans) if plan is not None]
             out[:, row], lse[:, :, row] = merge(*results)
+        if not p.needs_grad:
+            return Result(out, lse, None)
         for row, line, line_plans in zip(rows, parts, plans):
             for column, x, plan in zip(columns, line, line_plans):
                 assert plan is not None
@@ -345,12 +376,7 @@ def check_padded_alone(backend: Backend, problem: Problem, pattern: Pattern, kin
         alone = replace(part_of(problem, slice(None), slice(0, length)), key_lengths=None)
         alone = replace(alone, q=alone.q[b : b + 1], k=alone.k[b : b + 1], v=alone.v[b : b + 1])
         expected = truth(alone, pattern, dout[b : b + 1], dlse[b : b + 1])
-        grads = found.grads
-        mine = Result(
-            found.out[b : b + 1],
-            found.lse[b : b + 1],
-            Gradients(grads.q[b : b + 1], grads.k[b : b + 1, :length], grads.v[b : b + 1, :length]),
-        )
+        mine = _part_of_result(found, slice(b, b + 1), slice(None), slice(0, length))
         _compare("law 5", f"{name}, sample {b} alone", alone, mine, expected, dout)
 
 
@@ -359,12 +385,15 @@ def check_packed(backend: Backend, device: torch.device | str, report: ContractR
     lengths = (19, 1, 33, 8)
     for inner in (longnet([8, 16], [1, 2]), longnet([6, 10], [2, 3]) & Causal(), Window(4)):
         case = Case("packed", Documents(list(lengths)).of(inner), query_length=sum(lengths))
-        problem = case.problem(torch.float32, device)
+        name = f"packed {inner.text()}"
+        problem = accepted_problem(backend, case.problem(torch.float32, device), case.pattern, name, report)
+        if problem is None:
+            continue
         dout, dlse = cotangents(problem)
         for kind in backend.plans:
             plan, against = plan_of(backend, problem, case.pattern, kind), f"no {kind.__name__} for it"
             if plan is None:
-                report.refused[f"packed {inner.text()}"] = (against,)
+                report.refused[name] = (against,)
                 continue
             found = run(backend, problem, plan, dout, dlse)
             _compare_documents(lengths, inner, problem, found, dout, dlse)
@@ -387,19 +416,24 @@ def _compare_documents(
         part = part_of(problem, rows, rows)
         alone = replace(part, query_positions=(Run(0, 1, length),), key_positions=(Run(0, 1, length),))
         expected = truth(alone, inner, dout[:, rows], dlse[..., rows])
-        grads = Gradients(*(x[:, rows] for x in found.grads[:3] if x is not None))
-        mine = Result(found.out[:, rows], found.lse[..., rows], grads)
+        mine = _part_of_result(found, slice(None), rows, rows)
         _compare("law 5", f"document at {start} of {inner.text()}", alone, mine, expected, dout)
         start += length
+
+
+def _part_of_result(found: Result, samples: slice, rows: slice, keys: slice) -> Result:
+    grads = found.grads
+    if grads is not None:
+        grads = Gradients(grads.q[samples, rows], grads.k[samples, keys], grads.v[samples, keys])
+    return Result(found.out[samples, rows], found.lse[samples, :, rows], grads)
 
 
 def check_large_offsets(backend: Backend, device: torch.device | str, report: ContractReport) -> None:
     """Law 6: rows past element 2^31 are right. The memory between the rows is never touched, on a CPU never real."""
     apart, d = 1 << 30, 8  # rows at elements 0, 2^30, 2^31
-    whole = Case("large_offsets", Causal(), batch=1, query_length=3, num_heads=2).problem(torch.bfloat16, device)
-    plan, against = reasons(backend, whole, plans_for(backend, whole, Causal()))
-    if plan is None:
-        report.refused["large_offsets"] = tuple(against)
+    case = Case("large_offsets", Causal(), batch=1, query_length=3, num_heads=2)
+    whole = accepted_problem(backend, case.problem(torch.bfloat16, device), Causal(), case.name, report)
+    if whole is None:
         return
     storage = torch.empty(2 * apart + 6 * d, dtype=torch.bfloat16, device=device)
     far = []

@@ -17,16 +17,23 @@ from dilated_attention_pytorch.reference import reference_attention
 
 @dataclass(frozen=True)
 class Result:
-    """Out (B, Nq, H, Dv), lse (B, H, Nq) and the gradients."""
+    """Out (B, Nq, H, Dv), lse (B, H, Nq) and the gradients; without these where only the forward pass was run."""
 
     out: Tensor
     lse: Tensor
-    grads: Gradients
+    grads: Gradients | None
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by the names that messages use."""
-        found = {"out": self.out, "lse": self.lse, "dq": self.grads.q, "dk": self.grads.k, "dv": self.grads.v}
+        found = {"out": self.out, "lse": self.lse}
+        if self.grads is None:
+            return found
+        found |= {"dq": self.grads.q, "dk": self.grads.k, "dv": self.grads.v}
         return found if self.grads.bias is None else found | {"dbias": self.grads.bias}
+
+    def forward_only(self) -> Result:
+        """The same without gradients."""
+        return Result(self.out, self.lse, None)
 
     def errors(self, expected: Result, dout: Tensor) -> dict[str, float]:
         """``max |x - ref| / max(max |ref|, max |dout|, 1e-3)`` of each tensor; rows with lse -inf must agree in it."""
