@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from dilated_attention_pytorch.backends.kernel import Kernel
 from dilated_attention_pytorch.backends.sdpa.kernels import CpuFlash
 from dilated_attention_pytorch.benchmark.cases import Case
 
-KERNEL = CpuFlash()
+KERNEL: Kernel = CpuFlash()
 
 
 def ready_made_pieces(
@@ -39,38 +41,43 @@ def ready_made_pieces(
     return run
 
 
-def gather_scatter(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, lse) by torchscale's dataflow on the same kernel: gather each branch, scatter it to full length, mix.
+def gather_scatter(case: Case, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel = KERNEL) -> tuple[Tensor, Tensor]:
+    """(out, lse) by torchscale's dataflow on a fused kernel: gather each branch, scatter it to full length, mix.
 
     Every branch is copied out of q, k, v; its output is written to full length with zeros, its lse with -inf off the
-    grid; all of them are stacked and mixed by a softmax over the branches. Shapes as `attend`, batch 1, every length a
-    multiple.
+    grid; all of them are stacked and mixed by a softmax over the branches. Shapes as `attend`, batch 1. Lengths that
+    are no multiple of a segment, and segments that are none of a rate, are filled up with zeros, as torchscale does.
     """
-    scale = 1 / math.sqrt(case.head_dim)
+    scale, n = 1 / math.sqrt(case.head_dim), q.shape[1]
     outs, lses = [], []
-    for w, r in zip(case.segment_lengths, case.dilation_rates):
-        gathered = [torch.empty(case.tokens // w, w // r, case.heads, case.head_dim) for _ in range(3)]
-        for x, dense in zip((q, k, v), gathered):
-            for grid, heads in _grids(x[0], w, r):
-                dense[:, :, heads] = grid
+    for segment_length, r in zip(case.segment_lengths, case.dilation_rates):
+        w = min(segment_length, n)
+        gathered = [_gathered(x[0], w, r) for x in (q, k, v)]
         queries, keys, values = (x.transpose(1, 2) for x in gathered)
-        out, lse = KERNEL.forward(queries, keys, values, scale, False, None)
-        full = torch.zeros(case.tokens, case.heads, case.head_dim)
-        full_lse = torch.full((case.tokens, case.heads), -torch.inf)
-        for grid, heads in _grids(full, w, r):
-            grid.copy_(out.transpose(1, 2)[:, :, heads])
-        for grid, heads in _grids(full_lse, w, r):
-            grid.copy_(lse.transpose(1, 2)[:, :, heads])
+        out, lse = kernel.forward(queries, keys, values, scale, False, None)
+        full = _scattered(out.transpose(1, 2), w, r, n, 0.0)
         outs.append(full)
-        lses.append(full_lse)
+        lses.append(_scattered(lse.transpose(1, 2), w, r, n, -torch.inf))
     stacked = torch.stack(lses)
-    weights = torch.softmax(stacked, 0).unsqueeze(-1)
+    weights = torch.softmax(stacked, 0).unsqueeze(-1).to(q.dtype)
     mixed = sum((o * w for o, w in zip(outs, weights)), torch.zeros_like(outs[0]))
     return mixed.unsqueeze(0), stacked.logsumexp(0).t().unsqueeze(0)
 
 
-def _grids(x: Tensor, w: int, r: int) -> Iterator[tuple[Tensor, slice]]:
-    """The rows of ``x (N, H, ...)`` on each grid class, (S, w / r, H / r, ...), with the heads that use it."""
+def _gathered(x: Tensor, w: int, r: int) -> Tensor:
+    """The rows of ``x (N, H, D)`` that each head's grid holds: (S, ceil(w / r), H, D), zeros past the end."""
+    n, places = x.shape[0], -(-w // r)
+    segments = (x if n % w == 0 else pad(x, (0, 0, 0, 0, 0, -n % w))).unflatten(0, (-1, w))
+    segments = segments if places * r == w else pad(segments, (0, 0, 0, 0, 0, places * r - w))  # pad always copies
+    dense = segments.new_empty((segments.shape[0], places, *x.shape[1:]))
     for place in range(r):
-        heads = slice(place, None, r)
-        yield x.unflatten(0, (x.shape[0] // w, w))[:, place::r, heads], heads
+        dense[:, :, place::r] = segments[:, place::r, place::r]
+    return dense
+
+
+def _scattered(x: Tensor, w: int, r: int, n: int, fill: float) -> Tensor:
+    """Rows (S, ceil(w / r), H, ...) at their places among N, ``fill`` at all others: (N, H, ...)."""
+    full = x.new_full((x.shape[0], x.shape[1] * r, *x.shape[2:]), fill)
+    for place in range(r):
+        full[:, place::r, place::r] = x[:, :, place::r]
+    return full[:, :w].flatten(0, 1)[:n]
