@@ -28,8 +28,14 @@ def explain(
     causal: Annotated[bool, typer.Option(help="Mask the future.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="meta asks about the plan alone, and needs no memory.")] = "cpu",
+    training: Annotated[bool, typer.Option(help="Gradients will be asked for; other backends may be faster then.")] = (
+        False
+    ),
+    backend: Annotated[str, typer.Option(help="Ask for this backend by its name, or let auto choose.")] = "auto",
 ) -> None:
-    """Show the plan, the work in FLOPs and bytes, and what each backend says to it. Computes nothing.
+    """Show the plan, the work in FLOPs and bytes, what auto takes and why, and what each backend says to it.
+
+    Computes nothing. A backend that is not installed is named with the line that installs it.
 
     [bold]Examples[/bold]
 
@@ -47,9 +53,10 @@ def explain(
         if value < least:
             raise InvalidInput(f"{name} must be at least {least}, got {value}")
     pattern = door.longnet(integers("--segments", segments), integers("--rates", rates))
-    one = torch.empty(1, dtype=getattr(torch, dtype), device=device_of(device))
+    one = torch.empty(1, dtype=getattr(torch, dtype), device=device_of(device), requires_grad=training)
     x = one.expand(1, seq_len, heads, head_dim)  # a view of one number: only shape, dtype and device are looked at
-    out.print(Text(str(door.explain(x, x, x, pattern & door.Causal() if causal else pattern))))
+    whole = pattern & door.Causal() if causal else pattern
+    out.print(Text(str(door.explain(x, x, x, whole, backend=backend))))
 
 
 def device_of(name: str) -> torch.device:

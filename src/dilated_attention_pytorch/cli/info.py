@@ -1,32 +1,93 @@
-"""`dilated-attention info`: versions, devices, and which backends can run here."""
+"""`dilated-attention info`: versions, devices, which backends can run here, and what auto goes by."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dilated_attention_pytorch.cli.console import out
+
+if TYPE_CHECKING:
+    import torch
 
 
 def info() -> None:
-    """Show versions, devices, and which backends can run here, or every reason why not.
+    """Show versions, devices, which backends can run here or every reason why not, and the tuning files in force.
 
-    Its text belongs into a bug report.
+    Its text belongs into a bug report. What is not installed is named with the line that installs it.
     """
     import torch
 
-    from dilated_attention_pytorch import explain, longnet
     from dilated_attention_pytorch.reports.tables import Table
     from dilated_attention_pytorch.training.environment import device_name, versions
 
     out.print(Table("Versions", ("package", "version"), tuple(versions().items())).to_rich())
     devices = [("cpu", device_name("cpu"))]
-    devices += [(f"cuda:{n}", torch.cuda.get_device_name(n)) for n in range(torch.cuda.device_count())]
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        devices += [(f"{kind}:{n}", module.get_device_name(n)) for n in range(module.device_count())]
     out.print(Table("Devices", ("device", "what it is"), devices).to_rich())
-    rows = []
-    for device, _ in devices:
-        dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16, torch.float32)
-        for dtype in dtypes:
-            x = torch.empty(1, 4096, 4, 64, dtype=dtype, device=device)
-            answer = explain(x, x, x, longnet([1024, 4096], [1, 4]))
-            for name, against in answer.backends.items():
-                can = "; ".join(against) if against else "can" + (", chosen by auto" if name == answer.chosen else "")
-                rows.append((name, device, str(dtype).removeprefix("torch."), can))
-    out.print(Table("Backends for dilated attention", ("backend", "device", "dtype", "answer"), rows).to_rich())
+    names = [device for device, _ in devices]
+    columns = ("backend", "device", "dtype", "answer")
+    out.print(Table("Backends for dilated attention", columns, backend_rows(names)).to_rich())
+    rows = [row for name in names for row in tuning_rows(torch.device(name))]
+    out.print(Table("What auto goes by", ("tuning file", "state"), rows).to_rich())
+
+
+def backend_rows(devices: list[str]) -> list[tuple[str, ...]]:
+    """Rows (backend, device, dtype, answer): what an absent backend needs, or what it says on each device and dtype."""
+    import torch
+
+    from dilated_attention_pytorch.backends import BACKENDS
+
+    rows: list[tuple[str, ...]] = []
+    for backend in BACKENDS:
+        missing = backend.import_error()
+        if missing is not None:
+            rows.append((backend.name, "any", "any", missing))
+            continue
+        for device in devices:
+            dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16, torch.float32)
+            rows += [(backend.name, device, _word(dtype), answer(backend.name, device, dtype)) for dtype in dtypes]
+    return rows
+
+
+def answer(name: str, device: str, dtype: torch.dtype) -> str:
+    """What a backend says to LongNet's branches: "can", for what only, whether auto takes it; or every reason."""
+    import torch
+
+    from dilated_attention_pytorch import explain, longnet
+    from dilated_attention_pytorch.backends import needs_tiles
+
+    n = 512 if needs_tiles(name) else 4096  # tables of tiles are made to ask; long ones take seconds
+    x = torch.empty(1, n, 4, 64, dtype=dtype, device=device)
+    pattern = longnet([n // 4, n], [1, 4])
+    forward, auto = (explain(x, x, x, pattern, backend=which) for which in (name, "auto"))
+    against = forward.backends[name]
+    if against:
+        return "; ".join(against)
+    x.requires_grad_()
+    training = explain(x, x, x, pattern, backend=name).backends[name]
+    only = f", forward only: {'; '.join(training)}" if training else ""
+    return "can" + (", chosen by auto" if auto.chosen == name else "") + only
+
+
+def tuning_rows(device: torch.device) -> list[tuple[str, str]]:
+    """Rows (file, state) of the tables that auto asks for a device, in their order."""
+    from dilated_attention_pytorch.backends import BACKENDS
+    from dilated_attention_pytorch.backends.tuning import tables_in_force, user_file
+
+    tables = tables_in_force(device, BACKENDS)
+    rows = [
+        (t.source, f"in force: {len(t.entries)} keys of {t.device}" + (f", torch {t.torch}" if t.torch else ""))
+        for t in tables
+    ]
+    own = user_file(device)
+    if str(own) not in {t.source for t in tables}:
+        option = "" if device.type == "cpu" else f" --device {device}"
+        state = f"damaged or foreign, ignored: 'dilated-attention tune --force{option}' makes it anew"
+        absent = f"absent: 'dilated-attention tune{option}' makes it"
+        rows.insert(0, (str(own), state if own.exists() else absent))
+    return rows
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
