@@ -46,6 +46,7 @@ ODD = {
     "not_dividing_causal": longnet([7, 11, 23], [2, 3, 5], head_offset="torchscale") & Causal() & Window(9),
     "long_rates": longnet([37, 64], [7, 11]),
     "short_documents": Documents([1, 2, 1, 1, 20, 3, 1]).of(longnet([8, 16], [1, 3])),
+    "equal_documents": Documents([6] * 6).of(longnet([8, 8], [5, 3])),
 }
 
 
@@ -156,6 +157,7 @@ def test_launches_hold_the_pattern(name: str, placed: tuple[int, int, int]):
                 assert launch.carry == (i > 0)
                 assert (written <= 1).all()
                 assert launch.carry or (written == 1).all()
+                assert not launch.carry or (launch.group[:, 6] > 0).all()  # rows without branches stay untouched
             np.testing.assert_array_equal(counts, expected)
 
 
@@ -211,28 +213,55 @@ def test_heaviest_tiles_come_first_and_heads_change_slowly(pattern: Pattern):
         assert changes < 4 * len(np.unique(octave))
 
 
-@pytest.mark.parametrize("name", ["paper_small", "not_dividing_causal", "longnet_window", "documents_of"])
+@pytest.mark.parametrize(
+    "name",
+    ["paper_small", "not_dividing_causal", "longnet_window", "documents_of", "short_documents", "equal_documents"],
+)
 def test_visited_slots_are_those_that_a_tile_walks(name: str):
-    """Blocks of every segment from the first partner that some row can see to the last; counted here one by one."""
     layout = layout_of(problem_of(37, 37, 0), ODD[name].branches())
-    for by_keys, (launch,) in ((False, query_launches(layout, (3, 2))), (True, key_launches(layout, (3, 2)))):
-        for tile, visited in zip(launch.tile, launch.visited):
-            if launch.group[tile[1], 7] == 0:
-                assert visited == walked(launch, layout, tile_rows(launch, tile), tile, by_keys)
+    for by_keys, make in ((False, query_launches), (True, key_launches)):
+        for rows in (3, 4, 16):  # from groups by residue to mixed ones
+            (launch,) = make(layout, (rows, 2))
+            for tile, visited in zip(launch.tile, launch.visited):
+                first, size = launch.group[tile[1], 5:7]
+                columns = launch.branch_list[first : first + size]
+                row = tile_rows(launch, tile)
+                assert visited == walked(launch, layout, row, tile[0], columns, tile[3], by_keys)
 
 
-def walked(launch: Launch, layout: Layout, row: np.ndarray, tile: np.ndarray, by_keys: bool) -> int:
-    first, size = launch.group[tile[1], 5:7]
-    origin, end = documents_of(layout, tile[3], row)[:, 0]
+def test_visited_slots_of_a_grid_are_those_that_its_programs_walk():
+    layout = layout_of(problem_of(61, 61, 0), (Dilated(20, 3) & Causal()).branches())
+    (launch,) = query_launches(layout, (3, 2), carry=True)
+    tiles, _, segments = launch.grid
+    found = []
+    for head in range(4):
+        for segment in range(segments):
+            for tile in range(tiles):
+                row = segment * 20 + launch.offset[head, 0] + 3 * np.arange(3 * tile, 3 * tile + 3)
+                row = row[row < min(segment * 20 + 20, 61)]
+                found.append(walked(launch, layout, row, head, [0], 0, False) if len(row) else 0)
+    assert launch.visited.tolist() == found
+    assert launch.issued == 2 * 3 * sum(found)
+
+
+def walked(
+    launch: Launch, layout: Layout, row: np.ndarray, head: int, columns: list[int], sample: int, by_keys: bool
+) -> int:
+    """Blocks of every segment from the first partner that some row of the tile reaches to the last, one by one."""
     slots = 0
-    for column in launch.branch_list[first : first + size]:
-        w, _, behind, ahead = launch.branch[column].astype(np.int64)
-        if by_keys:
-            behind, ahead = ahead, behind
-        place = np.arange(max(row[0] - behind, origin), min(row[-1] + ahead + 1, end)) - origin
-        place = place[on_grid(launch, tile[0], column, place)]
-        for segment in range((row[0] - origin) // w, (row[-1] - origin) // w + 1):
-            slots += -(-int((place // w == segment).sum()) // launch.block[1]) * launch.block[1]
+    for origin, end in np.unique(documents_of(layout, sample, row), axis=1).T:
+        if end <= origin:
+            continue
+        low, high = (row[(row >= origin) & (row < end)] - origin)[[0, -1]]
+        for column in columns:
+            w, _, behind, ahead = launch.branch[column].astype(np.int64)
+            behind, ahead = (ahead, behind) if by_keys else (behind, ahead)
+            if low // w == high // w and not on_grid(launch, head, column, np.arange(low, high + 1)).any():
+                continue
+            place = np.arange(max(low - behind, 0), min(high + ahead + 1, end - origin))
+            place = place[on_grid(launch, head, column, place)]
+            for segment in range(low // w, high // w + 1):
+                slots += -(-int((place // w == segment).sum()) // launch.block[1]) * launch.block[1]
     return slots
 
 

@@ -284,8 +284,8 @@ def _one_launch(layout: Layout, number: int, block: tuple[int, int], carry: bool
         a, b = start + c + row, np.minimum(start + w, high) - 1
         entries = Entries(*(np.full_like(a, x) for x in (0, w, r, c, behind, ahead)))
         reach = (np.maximum(a, low), np.minimum(a + (block[0] - 1) * r, b))
-        slots = visited_slots(*reach, entries, (0 * a + layout.keys[0], 0 * a + layout.keys[1]), block[1])
-        visited.append(np.where(reach[0] <= reach[1], slots, 0))
+        span = (np.full_like(a, layout.keys[0]), np.full_like(a, layout.keys[1]))
+        visited.append(visited_slots(*reach, entries, span, block[1]))
     return Launch(
         "one",
         (number,),
