@@ -19,6 +19,8 @@ Every table holds absolute positions: row i of q stands at ``query_positions[0].
         What has no bound stands as the whole length, which exceeds every distance.
     offset (H, n): the place of a query head's grid in each of these branches, -1 where it does not run the branch.
 
+Positions must fit int32 with room for sums; the backend refuses longer problems.
+
 A kernel may read branches from positions alone and use groups only to find rows: the lists say what the planner meant.
 """
 
@@ -44,8 +46,6 @@ from dilated_attention_pytorch.problem import Problem
 
 Table = npt.NDArray[np.int32]
 
-MOST_ROWS = 2**31 - 1
-"""Positions must fit int32 tables; a problem that reaches further has no launches."""
 GROUP_COLUMNS = 8
 TILE_OVERHEAD = 256
 """What starting and storing a tile costs, in partner slots (an estimate)."""
@@ -126,13 +126,6 @@ def layout_of(problem: Problem, branches: tuple[Branch, ...]) -> Layout:
         (keys.start, keys.start + keys.length),
         bounds,
     )
-
-
-def reason_against(layout: Layout, most: int = MOST_ROWS) -> str | None:
-    """Why tables of int32 cannot hold the positions, or None."""
-    if layout.end <= most:
-        return None
-    return f"positions reach {layout.end}, kernel tables hold at most {most}; shard the sequence or use backend='sdpa'"
 
 
 def query_launches(
