@@ -30,7 +30,7 @@ def strides(letter: str, x: Tensor) -> Arguments:
 
 
 def common_arguments(problem: Problem, interpreted: bool) -> Arguments:
-    """What every kernel but `row_sums` takes: q, k, v, the scale, the score rule, dropout and the precision."""
+    """What every kernel but `row_statistics` takes: q, k, v, the scale, the score rule, dropout and the precision."""
     p = problem
     q, k, v = (unit_stride(x) for x in (p.q, p.k, p.v))
     nothing = p.q.new_zeros(1, dtype=torch.int64)

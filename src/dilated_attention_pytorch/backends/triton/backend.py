@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.backends.base import Backend, Gradients
 from dilated_attention_pytorch.backends.triton.arguments import common_arguments, strides, unit_stride
-from dilated_attention_pytorch.backends.triton.calls import calls, row_sums_call, run
+from dilated_attention_pytorch.backends.triton.calls import calls, run, statistics_call
 from dilated_attention_pytorch.backends.triton.config import TritonOptions, family_of
 from dilated_attention_pytorch.memory import empty
 from dilated_attention_pytorch.plans import Plan, StridedPlan, TilePlan
@@ -94,9 +94,9 @@ class TritonBackend(Backend):
     ) -> Gradients:
         p, common = problem, common_arguments(problem, interpreting())
         dout = unit_stride(dout)
-        call, delta = row_sums_call(p, unit_stride(out), dout, dlse)
+        call = statistics_call(p, unit_stride(out), lse, dout, dlse)
         run(_kernel(call.kernel), p, call.grid, call.arguments)
-        common |= {"DOUT": dout, **strides("g", dout), "LSE": lse.contiguous(), "DELTA": delta}
+        common |= {"DOUT": dout, **strides("g", dout)} | {name: call.arguments[name] for name in ("ORIGIN", "DELTA")}
         dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (p.q, p.k, p.v))
         common |= {"DQ": dq, "DK": dk, "DV_OUT": dv, "softmax_scale": p.scale}
         for task in ("queries", "keys"):

@@ -30,11 +30,15 @@ from dilated_attention_pytorch.backends.triton.walk import (
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def row_sums(
-    OUT, DOUT, DLSE, DELTA, o_sample, o_row, o_head, g_sample, g_row, g_head, NQ, H,
+def row_statistics(
+    OUT, LSE, DOUT, DLSE, ORIGIN, DELTA, o_sample, o_row, o_head, g_sample, g_row, g_head, NQ, H,
     BM: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, WITH_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """DELTA (B, H, Nq) holds <out, dout> - dlse of each row. Programs: (BM rows, head, sample)."""
+    """Two numbers for each query row, (B, H, Nq): ORIGIN, from which its weights are counted, and DELTA.
+
+    ORIGIN is lse in powers of two, infinite for rows without a key, whose weights are then 0; DELTA is
+    <out, dout> - dlse. Programs: (BM rows, head, sample).
+    """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = row < NQ
     at = row.to(tl.int64)
@@ -46,19 +50,20 @@ def row_sums(
     place = (b * H + h) * NQ + at
     if WITH_DLSE:
         delta -= tl.load(DLSE + place, mask=ok, other=0.0)
+    lse = tl.load(LSE + place, mask=ok, other=0.0)
+    tl.store(ORIGIN + place, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=ok)
     tl.store(DELTA + place, delta, mask=ok)
 
 
 @triton.jit
-def load_statistics(LSE, DELTA, at, ok):
-    """The lse of rows in powers of two, infinite for rows without a key so that weights are 0, and their row sums."""
-    lse = tl.load(LSE + at, mask=ok, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E, tl.load(DELTA + at, mask=ok, other=0.0)
+def load_statistics(ORIGIN, DELTA, at, ok):
+    """Both numbers of rows; rows that are not there get weights 0."""
+    return tl.load(ORIGIN + at, mask=ok, other=float("inf")), tl.load(DELTA + at, mask=ok, other=0.0)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def queries_list(
-    Q, K, V, DOUT, LSE, DELTA, DQ, TILE, GROUP, RESIDUE, BRANCH, PLACE, DOCUMENT, KEY_LENGTH, SEED, RELATIVE_TABLE,
+    Q, K, V, DOUT, ORIGIN, DELTA, DQ, TILE, GROUP, RESIDUE, BRANCH, PLACE, DOCUMENT, KEY_LENGTH, SEED, RELATIVE_TABLE,
     q_sample, q_row, q_head, k_sample, k_row, k_head, v_sample, v_row, v_head, g_sample, g_row, g_head,
     document_sample, relative_head,
     QUERY_START, KEY_START, NQ, NK, H, branches, scale, softmax_scale, reach, threshold, keep,
@@ -74,15 +79,15 @@ def queries_list(
     at = (pos - QUERY_START).to(tl.int64)
     q = load_queries(Q + b * q_sample + h * q_head, at, q_row, ok, SIGN, D, DP, F32)
     dout = load_rows(DOUT + b * g_sample + h * g_head, at, g_row, ok, DV, DVP, True, F32)
-    lse, delta = load_statistics(LSE + (b * H + h) * NQ, DELTA + (b * H + h) * NQ, at, ok)
+    origin, delta = load_statistics(ORIGIN + (b * H + h) * NQ, DELTA + (b * H + h) * NQ, at, ok)
     seed = 0
     if DROPOUT:
         seed = tl.load(SEED)
     dq = tl.zeros([BM, DP], tl.float32)
     idle = tl.zeros([BM], tl.float32)
     dq, _, _ = visit_all(
-        dq, idle, idle, q, dout, lse, delta, pos, ok, low, high,
-        K + b * k_sample + h // SHARE * k_head, V + b * v_sample + h // SHARE * v_head, LSE, DELTA,
+        dq, idle, idle, q, dout, origin, delta, pos, ok, low, high,
+        K + b * k_sample + h // SHARE * k_head, V + b * v_sample + h // SHARE * v_head, ORIGIN, DELTA,
         BRANCH, PLACE + head * branches, DOCUMENT + b * document_sample, RELATIVE_TABLE + h * relative_head,
         branches, QUERY_START, KEY_START, visible_end(KEY_LENGTH, sample, KEY_START, NK, PADDED), k_row, v_row,
         scale, reach, sample * H + head, seed, threshold, keep,
@@ -93,7 +98,7 @@ def queries_list(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def keys_list(
-    Q, K, V, DOUT, LSE, DELTA, DK, DV_OUT, TILE, GROUP, RESIDUE, BRANCH, PLACE, DOCUMENT, KEY_LENGTH, SEED,
+    Q, K, V, DOUT, ORIGIN, DELTA, DK, DV_OUT, TILE, GROUP, RESIDUE, BRANCH, PLACE, DOCUMENT, KEY_LENGTH, SEED,
     RELATIVE_TABLE,
     q_sample, q_row, q_head, k_sample, k_row, k_head, v_sample, v_row, v_head, g_sample, g_row, g_head,
     document_sample, relative_head,
@@ -125,7 +130,7 @@ def keys_list(
         dk, dv, _ = visit_all(
             dk, dv, idle, k, v, idle, idle, pos, visible, low, high,
             Q + b * q_sample + h * q_head, DOUT + b * g_sample + h * g_head,
-            LSE + (b * H + h) * NQ, DELTA + (b * H + h) * NQ,
+            ORIGIN + (b * H + h) * NQ, DELTA + (b * H + h) * NQ,
             BRANCH, PLACE + query_head * branches, DOCUMENT + b * document_sample, RELATIVE_TABLE + h * relative_head,
             branches, KEY_START, QUERY_START, QUERY_START + NQ, q_row, g_row,
             scale, reach, sample * H + query_head, seed, threshold, keep,
@@ -138,7 +143,7 @@ def keys_list(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def queries_blocks(
-    Q, K, V, DOUT, LSE, DELTA, DQ, NUM, LIST, ENTRY, FULL_NUM, FULL_LIST, FULL_COUNT, COUNTS, QUERY_AT, KEY_AT, SEED,
+    Q, K, V, DOUT, ORIGIN, DELTA, DQ, NUM, LIST, ENTRY, FULL_NUM, FULL_LIST, FULL_COUNT, COUNTS, QUERY_AT, KEY_AT, SEED,
     RELATIVE_TABLE,
     q_sample, q_row, q_head, k_sample, k_row, k_head, v_sample, v_row, v_head, g_sample, g_row, g_head,
     table_sample, table_head, relative_head,
@@ -156,7 +161,7 @@ def queries_blocks(
     at = row.to(tl.int64)
     q = load_queries(Q + b * q_sample + h * q_head, at, q_row, ok, SIGN, D, DP, F32)
     dout = load_rows(DOUT + b * g_sample + h * g_head, at, g_row, ok, DV, DVP, True, F32)
-    lse, delta = load_statistics(LSE + (b * H + h) * NQ, DELTA + (b * H + h) * NQ, at, ok)
+    origin, delta = load_statistics(ORIGIN + (b * H + h) * NQ, DELTA + (b * H + h) * NQ, at, ok)
     k = K + b * k_sample + h // SHARE * k_head
     v = V + b * v_sample + h // SHARE * v_head
     relative = RELATIVE_TABLE + h * relative_head
@@ -167,14 +172,14 @@ def queries_blocks(
     dq = tl.zeros([BM, DP], tl.float32)
     idle = tl.zeros([BM], tl.float32)
     dq, _, _ = visit(
-        dq, idle, idle, q, dout, lse, delta, pos, local, ok, k, v, LSE, DELTA,
+        dq, idle, idle, q, dout, origin, delta, pos, local, ok, k, v, ORIGIN, DELTA,
         FULL_LIST + block * FULL_WIDTH, FULL_COUNT + block * FULL_WIDTH, COUNTS, KEY_AT, relative,
         0, tl.load(FULL_NUM + block) * (BLOCK_K // BN), NK, 0, 1, 0, k_row, v_row, 0, 0,
         scale, reach, sample * H + head, seed, threshold, keep,
         BN, D, DP, DV, DVP, QUERIES, RAGGED, False, 1, BLOCK_K, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
     )  # fmt: skip
     dq, _, _ = visit(
-        dq, idle, idle, q, dout, lse, delta, pos, local, ok, k, v, LSE, DELTA,
+        dq, idle, idle, q, dout, origin, delta, pos, local, ok, k, v, ORIGIN, DELTA,
         LIST + block * WIDTH, ENTRY + block * WIDTH, COUNTS, KEY_AT, relative,
         0, tl.load(NUM + block) * (BLOCK_K // BN), NK, 0, 1, 0, k_row, v_row, 0, 0,
         scale, reach, sample * H + head, seed, threshold, keep,
@@ -186,8 +191,8 @@ def queries_blocks(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def keys_blocks(
-    Q, K, V, DOUT, LSE, DELTA, DK, DV_OUT, NUM, LIST, ENTRY, FULL_NUM, FULL_LIST, FULL_COUNT, COUNTS, QUERY_AT, KEY_AT,
-    SEED, RELATIVE_TABLE,
+    Q, K, V, DOUT, ORIGIN, DELTA, DK, DV_OUT, NUM, LIST, ENTRY, FULL_NUM, FULL_LIST, FULL_COUNT, COUNTS,
+    QUERY_AT, KEY_AT, SEED, RELATIVE_TABLE,
     q_sample, q_row, q_head, k_sample, k_row, k_head, v_sample, v_row, v_head, g_sample, g_row, g_head,
     table_sample, table_head, relative_head,
     NQ, NK, H, WIDTH, FULL_WIDTH, scale, softmax_scale, reach, threshold, keep,
@@ -214,19 +219,19 @@ def keys_blocks(
         h = head.to(tl.int64)
         q = Q + b * q_sample + h * q_head
         dout = DOUT + b * g_sample + h * g_head
-        lse = LSE + (b * H + h) * NQ
+        origin = ORIGIN + (b * H + h) * NQ
         delta = DELTA + (b * H + h) * NQ
         relative = RELATIVE_TABLE + h * relative_head
         block = b * table_sample + h * table_head + tl.program_id(0) * BM // BLOCK_K
         dk, dv, _ = visit(
-            dk, dv, idle, k, v, idle, idle, pos, local, ok, q, dout, lse, delta,
+            dk, dv, idle, k, v, idle, idle, pos, local, ok, q, dout, origin, delta,
             FULL_LIST + block * FULL_WIDTH, FULL_COUNT + block * FULL_WIDTH, COUNTS, QUERY_AT, relative,
             0, tl.load(FULL_NUM + block) * (BLOCK_Q // BN), NQ, 0, 1, 0, q_row, g_row, 0, 0,
             scale, reach, sample * H + head, seed, threshold, keep,
             BN, D, DP, DV, DVP, KEYS, RAGGED, False, 1, BLOCK_Q, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
         )  # fmt: skip
         dk, dv, _ = visit(
-            dk, dv, idle, k, v, idle, idle, pos, local, ok, q, dout, lse, delta,
+            dk, dv, idle, k, v, idle, idle, pos, local, ok, q, dout, origin, delta,
             LIST + block * WIDTH, ENTRY + block * WIDTH, COUNTS, QUERY_AT, relative,
             0, tl.load(NUM + block) * (BLOCK_Q // BN), NQ, 0, 1, 0, q_row, g_row, 0, 0,
             scale, reach, sample * H + head, seed, threshold, keep,

@@ -21,6 +21,7 @@ from dilated_attention_pytorch.backends.triton.arguments import (
     table_arguments,
 )
 from dilated_attention_pytorch.backends.triton.config import Blocks, TritonOptions, family_of
+from dilated_attention_pytorch.backends.triton.costs import choose_split, device_named
 from dilated_attention_pytorch.backends.triton.launches import (
     Launch,
     Layout,
@@ -104,7 +105,7 @@ def _launches(problem: Problem, layout: Layout, task: str, options: TritonOption
         made = key_launches(layout, block) if task == "keys" else query_launches(layout, block, only_lists=True)
         yield made[0], blocks
         return
-    for i, part in enumerate(_split(layout, options)):
+    for i, part in enumerate(_split(problem, layout, options)):
         for kernel in ("branch", "list") if len(part) == 1 else ("list",):
             blocks = _blocks(problem, kernel, options)
             (launch,) = query_launches(layout, (blocks.block_m, blocks.block_n), [part], carry=i > 0)
@@ -113,9 +114,16 @@ def _launches(problem: Problem, layout: Layout, task: str, options: TritonOption
                 break
 
 
-def _split(layout: Layout, options: TritonOptions) -> list[tuple[int, ...]]:
+def _split(problem: Problem, layout: Layout, options: TritonOptions) -> tuple[tuple[int, ...], ...]:
+    """The branches of each forward launch."""
     numbers = tuple(range(len(layout.branches)))
-    return [(n,) for n in numbers] if options.split == "apart" else [numbers]
+    if options.split != "auto" or len(numbers) == 1:
+        return tuple((n,) for n in numbers) if options.split == "apart" else (numbers,)
+    p, blocks = problem, _blocks(problem, "list", options)
+    name = torch.cuda.get_device_name(p.q.device) if p.q.device.type == "cuda" else p.q.device.type
+    width = power_of_two(max(p.q.shape[3], p.v.shape[3]))
+    block = (blocks.block_m, blocks.block_n)
+    return choose_split(layout, block, device_named(name), width, element_size=p.q.element_size())
 
 
 def _tile_calls(problem: Problem, plan: TilePlan, task: str, options: TritonOptions) -> Iterator[Call]:
@@ -143,13 +151,15 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
 
 
-def row_sums_call(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None) -> tuple[Call, Tensor]:
-    """The call that fills a new delta (B, H, Nq) with ``<out, dout> - dlse``, and delta."""
+def statistics_call(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Call:
+    """The call that fills its ORIGIN and DELTA, each (B, H, Nq), with what the gradients' kernels read of every row."""
     p, dv = problem, problem.v.shape[3]
-    delta = empty((p.batch, p.num_heads, p.query_length), torch.float32, p.q.device)
+    origin, delta = (empty((p.batch, p.num_heads, p.query_length), torch.float32, p.q.device) for _ in range(2))
     arguments: Arguments = {
         "OUT": out,
         "DOUT": dout,
+        "LSE": lse.contiguous(),
+        "ORIGIN": origin,
         "DELTA": delta,
         **strides("o", out),
         **strides("g", dout),
@@ -163,4 +173,4 @@ def row_sums_call(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | No
         "num_warps": 4,
         "num_stages": 1,
     }
-    return Call("row_sums", (-(-p.query_length // 64), p.num_heads, p.batch), arguments), delta
+    return Call("row_statistics", (-(-p.query_length // 64), p.num_heads, p.batch), arguments)

@@ -69,7 +69,7 @@ def kept_pairs(seed, threshold, row, i, j):
 
 @triton.jit
 def visit(
-    a1, a2, a3, x1, x2, r1, r2, pos, local, row_ok, Y1, Y2, LSE, DELTA, LIST, ENTRY, COUNTS, PLACES, RELATIVE_TABLE,
+    a1, a2, a3, x1, x2, r1, r2, pos, local, row_ok, Y1, Y2, ORIGIN, DELTA, LIST, ENTRY, COUNTS, PLACES, RELATIVE_TABLE,
     begin, steps, end, first, step, other_start, stride1, stride2, behind, ahead,
     scale, reach, row, seed, threshold, keep,
     BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, MODE: tl.constexpr,
@@ -152,13 +152,12 @@ def visit(
                 ds = p * (dp - r2[:, None])
             else:
                 if MASKED:
-                    lse = tl.load(LSE + at, mask=held, other=float("inf"))
+                    origin = tl.load(ORIGIN + at, mask=held, other=float("inf"))
                     delta = tl.load(DELTA + at, mask=held, other=0.0)
                 else:
-                    lse = tl.load(LSE + at)
+                    origin = tl.load(ORIGIN + at)
                     delta = tl.load(DELTA + at)
-                lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
-                p = tl.exp2(s * unit - (lse - shift)[None, :])
+                p = tl.exp2(s * unit - (origin - shift)[None, :])
                 ds = p * (dp - delta[None, :])
                 if DROPOUT:
                     p = tl.where(kept, p * keep, 0.0)
@@ -175,7 +174,7 @@ def ceil_div(x, r):
 
 @triton.jit
 def visit_segment(
-    a1, a2, a3, x1, x2, r1, r2, pos, row_ok, whole, low, high, base, stop, Y1, Y2, LSE, DELTA, RELATIVE_TABLE,
+    a1, a2, a3, x1, x2, r1, r2, pos, row_ok, whole, low, high, base, stop, Y1, Y2, ORIGIN, DELTA, RELATIVE_TABLE,
     step, behind, ahead, other_start, other_end, stride1, stride2, scale, reach, row, seed, threshold, keep,
     BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, MODE: tl.constexpr,
     BEHIND: tl.constexpr, AHEAD: tl.constexpr,
@@ -203,14 +202,14 @@ def visit_segment(
     if BEHIND:
         edge = tl.minimum(edge, tl.maximum(end - begin + BN - 1, 0) // BN)
         a1, a2, a3 = visit(
-            a1, a2, a3, x1, x2, r1, r2, pos, pos, row_ok, Y1, Y2, LSE, DELTA, Y1, Y1, Y1, Y1, RELATIVE_TABLE,
+            a1, a2, a3, x1, x2, r1, r2, pos, pos, row_ok, Y1, Y2, ORIGIN, DELTA, Y1, Y1, Y1, Y1, RELATIVE_TABLE,
             begin, edge, end, base, step, other_start, stride1, stride2, behind, ahead,
             scale, reach, row, seed, threshold, keep,
             BN, D, DP, DV, DVP, MODE, True, True, 0, BN, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
         )  # fmt: skip
         begin += edge * BN
     a1, a2, a3 = visit(
-        a1, a2, a3, x1, x2, r1, r2, pos, pos, row_ok, Y1, Y2, LSE, DELTA, Y1, Y1, Y1, Y1, RELATIVE_TABLE,
+        a1, a2, a3, x1, x2, r1, r2, pos, pos, row_ok, Y1, Y2, ORIGIN, DELTA, Y1, Y1, Y1, Y1, RELATIVE_TABLE,
         begin, full, end, base, step, other_start, stride1, stride2, behind, ahead,
         scale, reach, row, seed, threshold, keep,
         BN, D, DP, DV, DVP, MODE, False, False, 0, BN, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
@@ -218,7 +217,7 @@ def visit_segment(
     begin += full * BN
     rest = tl.maximum(end - begin + BN - 1, 0) // BN
     return visit(
-        a1, a2, a3, x1, x2, r1, r2, pos, pos, row_ok, Y1, Y2, LSE, DELTA, Y1, Y1, Y1, Y1, RELATIVE_TABLE,
+        a1, a2, a3, x1, x2, r1, r2, pos, pos, row_ok, Y1, Y2, ORIGIN, DELTA, Y1, Y1, Y1, Y1, RELATIVE_TABLE,
         begin, rest, end, base, step, other_start, stride1, stride2, behind, ahead,
         scale, reach, row, seed, threshold, keep,
         BN, D, DP, DV, DVP, MODE, True, BEHIND or AHEAD, 0, BN, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
@@ -227,7 +226,7 @@ def visit_segment(
 
 @triton.jit
 def visit_document(
-    a1, a2, a3, x1, x2, r1, r2, pos, ok, origin, end, low, high, Y1, Y2, LSE, DELTA, BRANCH, PLACE, RELATIVE_TABLE,
+    a1, a2, a3, x1, x2, r1, r2, pos, ok, origin, end, low, high, Y1, Y2, ORIGIN, DELTA, BRANCH, PLACE, RELATIVE_TABLE,
     branches, other_start, other_end, stride1, stride2, scale, reach, row, seed, threshold, keep,
     BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, MODE: tl.constexpr,
     BEHIND: tl.constexpr, AHEAD: tl.constexpr,
@@ -257,12 +256,12 @@ def visit_document(
             row_ok = on_grid & (pos >= start) & (pos < stop)
             whole = (every > 0) & (low >= start) & (high < stop)
             if MODE == QUERIES:
-                lse = tl.where(row_ok, r1, float("inf"))  # foreign rows get weights 0
+                origins = tl.where(row_ok, r1, float("inf"))  # foreign rows get weights 0
             else:
-                lse = r1
+                origins = r1
             a1, a2, a3 = visit_segment(
-                a1, a2, a3, x1, x2, lse, r2, pos, row_ok, whole, tl.maximum(low, start), tl.minimum(high, stop - 1),
-                start + c, stop, Y1, Y2, LSE, DELTA, RELATIVE_TABLE,
+                a1, a2, a3, x1, x2, origins, r2, pos, row_ok, whole, tl.maximum(low, start), tl.minimum(high, stop - 1),
+                start + c, stop, Y1, Y2, ORIGIN, DELTA, RELATIVE_TABLE,
                 r, behind, ahead, other_start, other_end, stride1, stride2, scale, reach, row, seed, threshold, keep,
                 BN, D, DP, DV, DVP, MODE, BEHIND, AHEAD, RELATIVE, DROPOUT, F32, PRECISION,
             )  # fmt: skip
@@ -271,7 +270,7 @@ def visit_document(
 
 @triton.jit
 def visit_all(
-    a1, a2, a3, x1, x2, r1, r2, pos, ok, low, high, Y1, Y2, LSE, DELTA, BRANCH, PLACE, DOCUMENT, RELATIVE_TABLE,
+    a1, a2, a3, x1, x2, r1, r2, pos, ok, low, high, Y1, Y2, ORIGIN, DELTA, BRANCH, PLACE, DOCUMENT, RELATIVE_TABLE,
     branches, own_start, other_start, other_end, stride1, stride2, scale, reach, row, seed, threshold, keep,
     BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, MODE: tl.constexpr,
     BEHIND: tl.constexpr, AHEAD: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -287,14 +286,14 @@ def visit_all(
         while origin <= high:
             end = tl.load(DOCUMENT + 2 * (tl.maximum(origin, low) - own_start) + 1)
             a1, a2, a3 = visit_document(
-                a1, a2, a3, x1, x2, r1, r2, pos, ok, origin, end, low, high, Y1, Y2, LSE, DELTA, BRANCH, PLACE,
+                a1, a2, a3, x1, x2, r1, r2, pos, ok, origin, end, low, high, Y1, Y2, ORIGIN, DELTA, BRANCH, PLACE,
                 RELATIVE_TABLE, branches, other_start, other_end, stride1, stride2, scale, reach, row, seed, threshold,
                 keep, BN, D, DP, DV, DVP, MODE, BEHIND, AHEAD, RELATIVE, DROPOUT, F32, PRECISION,
             )  # fmt: skip
             origin = tl.where(end > origin, end, high + 1)
     else:
         a1, a2, a3 = visit_document(
-            a1, a2, a3, x1, x2, r1, r2, pos, ok, 0, FAR, low, high, Y1, Y2, LSE, DELTA, BRANCH, PLACE,
+            a1, a2, a3, x1, x2, r1, r2, pos, ok, 0, FAR, low, high, Y1, Y2, ORIGIN, DELTA, BRANCH, PLACE,
             RELATIVE_TABLE, branches, other_start, other_end, stride1, stride2, scale, reach, row, seed, threshold,
             keep, BN, D, DP, DV, DVP, MODE, BEHIND, AHEAD, RELATIVE, DROPOUT, F32, PRECISION,
         )  # fmt: skip
