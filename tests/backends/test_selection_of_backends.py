@@ -53,6 +53,8 @@ def test_on_a_cpu_auto_never_refuses(options):
     assert chosen(problem) == ("dense", DensePlan)
     with pytest.raises(NoBackend, match=r"sdpa: .*use backend='dense'"):
         chosen(problem, name="sdpa")
+    with pytest.raises(NoBackend, match=r"backend='dense' can, or backend='auto'"):
+        chosen(problem, name="sdpa")
 
 
 def test_long_patterns_without_a_closed_form():

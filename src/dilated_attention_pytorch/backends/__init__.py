@@ -68,8 +68,9 @@ def reasons(backend: Backend, problem: Problem, plans: tuple[Plan, ...]) -> tupl
 
 
 def select(problem: Problem, plans: tuple[Plan, ...], name: str = "auto") -> tuple[Backend, Plan]:
-    """The backend of this name, or the fastest that can, with the plan it walks; NoBackend with all reasons otherwise.
+    """The backend of this name, or the fastest that can, with the plan it walks.
 
+    Raises NoBackend with every reason; where a named backend cannot, with the name of the nearest one that can.
     The fastest is what was measured for such problems (`backends.tuning`); where nothing was, the first of BACKENDS.
     """
     check_backend_name(name)
@@ -86,7 +87,12 @@ def select(problem: Problem, plans: tuple[Plan, ...], name: str = "auto") -> tup
         if plan is not None:
             return backend, plan
         tried.append(f"{backend.name}: {'; '.join(against)}")
-    raise NoBackend("attend: no backend can compute this. " + " | ".join(tried))
+    if name == "auto":
+        raise NoBackend("attend: no backend can compute this. " + " | ".join(tried))
+    nearest = select(problem, plans)[0].name
+    raise NoBackend(
+        f"attend: {tried[0]}. backend={nearest!r} can, or backend='auto', which takes the fastest that can."
+    )
 
 
 def _chosen(choice: Choice, problem: Problem, plans: tuple[Plan, ...]) -> tuple[Backend, Plan] | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
 
 from dilated_attention_pytorch.cli.console import out
 
@@ -10,7 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def info() -> None:
+def info(
+    support: Annotated[bool, typer.Option(help="Print the table of docs/backends.md instead, in Markdown.")] = False,
+) -> None:
     """Show versions, devices, which backends can run here or every reason why not, and the tuning files in force.
 
     Its text belongs into a bug report. What is not installed is named with the line that installs it.
@@ -20,6 +25,11 @@ def info() -> None:
     from dilated_attention_pytorch.reports.tables import Table
     from dilated_attention_pytorch.training.environment import device_name, versions
 
+    if support:
+        from dilated_attention_pytorch.testing.support import support_table
+
+        out.print(Text(support_table()), soft_wrap=True, end="")
+        return
     out.print(Table("Versions", ("package", "version"), tuple(versions().items())).to_rich())
     devices = [("cpu", device_name("cpu"))]
     for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
