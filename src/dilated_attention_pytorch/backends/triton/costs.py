@@ -29,7 +29,7 @@ SAMPLED_HEADS = 4
 class Device:
     """Peaks of one kind of GPU: dense half-precision matrix products, caches, memory; and programs that run at once.
 
-    Published figures (see `DEVICES`); cache bandwidths and launch times are estimates where marked there.
+    `DEVICES` says which figures are published and which are estimates.
     """
 
     matrix_tflops: float
@@ -47,9 +47,7 @@ DEVICES: dict[str, Device] = {
     "L4": Device(120.0, 2.5, 0.3, 5.0, 116),
 }
 """By a part of the device's name. Matrix rates (bf16, dense), memory bandwidths and processors (132, 132, 108, 304, 58;
-two slots each) are NVIDIA's and AMD's published figures. L2 of A100 and H100 is width times clock, 7.2 and 9.0 TB/s
-(Ultrason. Sonochem. 99:106546, table 3); H200 is the same chip as H100. The L2 of MI300X and L4 and all launch times
-are estimates."""
+two slots each) are as published for these GPUs; L2 bandwidths and launch times are estimates."""
 GENERIC = Device(200.0, 4.0, 1.0, 5.0, 160)
 """For a GPU that has no entry: an estimate, in the middle of the table."""
 
