@@ -112,6 +112,21 @@ def test_a_race_interleaves_drops_the_far_and_leaves_out_the_failed(monkeypatch,
     assert len(measuring.race({FIRST: runs("first")}, 9, limit=0)[FIRST]) == 1
 
 
+def test_options_are_measured_of_what_came_near(monkeypatch):
+    races = []
+
+    def race(runs, rounds):
+        races.append([str(choice) for choice in runs])
+        return {choice: [1.0 if choice.plan == "StridedPlan" else 1.6] * rounds for choice in runs}
+
+    monkeypatch.setattr(measuring, "race", race)
+    ranking = measuring.rank(Key("float32", 16, "causal", 64, False, False), CPU, 4)
+    assert races[0] == ["sdpa dense", "sdpa strided", "dense dense"]
+    assert races[1] == ["sdpa strided", "sdpa strided packed_rows=4096", "sdpa strided packed_rows=65536"]
+    assert [m.seconds.rounds for m in ranking] == [4, 4, 4, 1, 1]
+    assert measuring.rank(Key("float32", 16, "causal", 64, False, False), CPU, 4, [m.choice for m in ranking]) is None
+
+
 def test_the_order_of_a_ranking():
     spreads = {FIRST: Spread(1.04, 1, 2, 3), SECOND: Spread(1.0, 1, 2, 3), THIRD: Spread(1.5, 1, 2, 3)}
     ranking = measuring.in_order(spreads)
@@ -137,14 +152,14 @@ def test_tune_writes_a_table_that_auto_goes_by_and_goes_on_where_it_stopped(tmp_
             str(stored.entries[keys[0]][0].choice)
         )
     again = []
-    race = measuring.race
-    monkeypatch.setattr(measuring, "race", lambda runs, rounds: again.append(len(runs)) or race(runs, rounds))
+    in_order = measuring.in_order
+    monkeypatch.setattr(measuring, "in_order", lambda spreads: again.append(len(spreads)) or in_order(spreads))
     more = measuring.grid(["float32"], [16], [64], ["causal", "documents"])
     assert set(measuring.tune(more, CPU, path, rounds=1).entries) == {*keys, *more}
     assert len(again) == 2, "only documents are new"
     measuring.tune(more, CPU, path, rounds=1, force=True)
     assert len(again) == 2 + len(more)
-    monkeypatch.setattr(SdpaBackend, "candidates", lambda self, problem: (self.options_type(packed_rows=77),))
+    monkeypatch.setattr(DenseBackend, "import_error", lambda self: "gone")
     measuring.tune(more[:1], CPU, path, rounds=1)
     assert len(again) == 3 + len(more), "other candidates"
     monkeypatch.setattr(measuring, "versions", lambda: {"dilated-attention-pytorch": "9", "torch": "9"})

@@ -41,12 +41,14 @@ QUADRATIC = ("full", "causal", "other")
 QUADRATIC_LENGTH = 4096
 """The longest that patterns with a quadratic number of pairs are measured at (tokens); longer ones take its ranking."""
 DECODED = ("causal", "window", "dilated-short-causal", "dilated-long-causal")
-PAIRS = 1 << 27
+PAIRS = 1 << 25
 """Pairs that an example has at most, over its heads; long ones get fewer heads, two at least."""
 FAR_PAIRS = 1 << 22
-"""A plan with more pairs than this, and 8 times those of the best plan, is not measured."""
+"""A plan with more pairs than this, and 8 times those of the best plan or its logits in chunks, is not measured."""
 FAR = 3.0
 """A candidate that takes so many times the fastest one's seconds gets no further rounds."""
+REFINED = 1.5
+"""Other options than the first are measured of a backend and plan that takes at most so many times the fastest."""
 TIE = 1.05
 """Medians that differ by less than this factor differ by noise."""
 ROUND_SECONDS = 2e-3
@@ -143,6 +145,10 @@ def candidates(
     pairs = {plan: plan.issued_pairs(problem) for plan in plans}
     least = min(pairs.values())
     near = [plan for plan in plans if pairs[plan] <= max(FAR_PAIRS, 8 * least)]
+    chunked: list[Plan] = [
+        p for p in near if isinstance(p, DensePlan) and p.log_counts is None and pairs[p] > FAR_PAIRS
+    ]
+    near = [plan for plan in near if plan not in chunked] or chunked  # logits in chunks lose against any other way
     found: dict[Choice, tuple[Backend, Plan]] = {}
     for backend in backends:
         if backend.import_error() is not None:
@@ -171,7 +177,7 @@ def runner(backend: Backend, problem: Problem, plan: Plan) -> Callable[[], objec
     return run
 
 
-def race(runs: Mapping[Choice, Callable[[], object]], rounds: int, limit: float = 2.0) -> dict[Choice, list[float]]:
+def race(runs: Mapping[Choice, Callable[[], object]], rounds: int, limit: float = 1.0) -> dict[Choice, list[float]]:
     """Seconds of one call, for every run and round; far ones have one round, failed ones are left out.
 
     Rounds interleave and end early after ``limit`` seconds. Short runs are repeated within a round.
@@ -203,13 +209,23 @@ def _timed(run: Callable[[], object], repeats: int) -> float:
 
 
 def rank(key: Key, device: torch.device, rounds: int, known: Sequence[Choice] = ()) -> tuple[Measured, ...] | None:
-    """The candidates of a key, the fastest first; None when the known choices are all the candidates there are."""
+    """The candidates of a key, the fastest first; None when the known choices are of all backends and plans there are.
+
+    The first options of every backend and plan race first, then all options of those that came near.
+    """
     one = example(key, device)
     found = candidates(one.problem, one.pattern, key.pattern, BACKENDS)
-    if known and set(known) == set(found):
+    groups: dict[tuple[str, str], list[Choice]] = {}
+    for choice in found:
+        groups.setdefault((choice.backend, choice.plan), []).append(choice)
+    if known and {(c.backend, c.plan) for c in known} == set(groups):
         return None
-    seconds = race({choice: runner(b, one.problem, plan) for choice, (b, plan) in found.items()}, rounds)
-    return in_order({choice: Spread.of(figures) for choice, figures in seconds.items()})
+    runs = {choice: runner(b, one.problem, plan) for choice, (b, plan) in found.items()}
+    first = race({choices[0]: runs[choices[0]] for choices in groups.values()}, 1)
+    limit = REFINED * min((s[0] for s in first.values()), default=0.0)
+    near = [choices for choices in groups.values() if first.get(choices[0], [math.inf])[0] <= limit]
+    seconds = race({choice: runs[choice] for choices in near for choice in choices}, rounds)
+    return in_order({choice: Spread.of(figures) for choice, figures in (first | seconds).items()})
 
 
 def in_order(spreads: Mapping[Choice, Spread]) -> tuple[Measured, ...]:
