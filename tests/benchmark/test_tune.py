@@ -82,7 +82,7 @@ def test_tables_of_tiles_are_candidates_where_they_may_pay():
         name = "tiled"
         plans = (TilePlan,)
 
-    for kind, expected in (("causal", {"tiled"}), ("dilated-short", set())):
+    for kind, expected in (("causal", {"tiled"}), ("dilated-short", set()), ("documents", set())):
         one = measuring.example(Key("float32", 16, kind, 128, False, False), CPU)
         assert {c.backend for c in measuring.candidates(one.problem, one.pattern, kind, (Tiled(),))} == expected
 

@@ -10,7 +10,7 @@ from dilated_attention_pytorch.backends.sdpa import SdpaBackend
 from dilated_attention_pytorch.backends.tuning import Choice, ranking
 from dilated_attention_pytorch.backends.xformers import XformersBackend
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
-from dilated_attention_pytorch.plans import Plan, StridedPlan, TilePlan, candidate_plans
+from dilated_attention_pytorch.plans import DensePlan, Plan, StridedPlan, TilePlan, candidate_plans
 from dilated_attention_pytorch.problem import Problem
 
 BACKENDS: tuple[Backend, ...] = (
@@ -100,7 +100,8 @@ def _chosen(choice: Choice, problem: Problem, plans: tuple[Plan, ...]) -> tuple[
     backend = next(b for b in BACKENDS if b.name == choice.backend)
     if backend.options != choice.options:
         backend = type(backend)(choice.options)
-    if choice.plan == TilePlan.__name__ and not any(isinstance(plan, TilePlan) for plan in plans):
-        plans = candidate_plans(plans[0].pattern, problem, tiles=True)  # made only on request
+    kinds = {type(plan).__name__ for plan in plans}
+    if choice.plan not in kinds | {StridedPlan.__name__, DensePlan.__name__}:
+        plans = candidate_plans(plans[0].pattern, problem, tiles=True)  # tables are made only on request
     plan, _ = reasons(backend, problem, tuple(p for p in plans if type(p).__name__ == choice.plan))
     return None if plan is None else (backend, plan)

@@ -40,6 +40,7 @@ LENGTHS = (64, 128, 256, 512, 1024, 4096, 16384)
 QUADRATIC = ("full", "causal", "other")
 QUADRATIC_LENGTH = 4096
 """The longest that patterns with a quadratic number of pairs are measured at (tokens); longer ones take its ranking."""
+TILED = ("full", "causal", "window", "other")
 DECODED = ("causal", "window", "dilated-short-causal", "dilated-long-causal")
 PAIRS = 1 << 25
 """Pairs that an example has at most, over its heads; long ones get fewer heads, two at least."""
@@ -138,9 +139,10 @@ def candidates(
 ) -> dict[Choice, tuple[Backend, Plan]]:
     """Everything worth measuring: each backend with each plan and each of its options, where no reason stands against.
 
-    Tables of tiles are made where they may pay: not for dilated patterns, which scatter their pairs over all tiles.
+    Tables of tiles are made where they may pay: not for dilated patterns, which scatter their pairs over all tiles, and
+    not for documents, which are others at every call.
     """
-    tiles = not kind.startswith("dilated") and any(TilePlan in b.plans and b.import_error() is None for b in backends)
+    tiles = kind in TILED and any(TilePlan in b.plans and b.import_error() is None for b in backends)
     plans = candidate_plans(pattern, problem, tiles=tiles)
     pairs = {plan: plan.issued_pairs(problem) for plan in plans}
     least = min(pairs.values())
