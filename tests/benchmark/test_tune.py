@@ -166,6 +166,19 @@ def test_tune_writes_a_table_that_auto_goes_by_and_goes_on_where_it_stopped(tmp_
     assert set(measuring.tune(more[:1], CPU, path, rounds=1).entries) == {more[0]}, "what another version measured goes"
 
 
+def test_a_table_for_any_device_is_small_and_readable():
+    choices = [Choice("sdpa", "StridedPlan", SdpaBackend.options_type(packed_rows=n)) for n in (4096, 16384)]
+    others = [Choice("dense", "DensePlan", NoOptions()), Choice("sdpa", "DensePlan", SdpaBackend().options)]
+    ranking = [Measured(choice, Timing(1.0, 1.0, 1.0, 1)) for choice in (*choices, *others)]
+    assert [m.choice for m in measuring.best_of_each(ranking)] == [choices[0], *others]
+    key = Key("float32", 16, "causal", 64, False, False)
+    for entries in ({}, {key: tuple(ranking), key._replace(length=128): tuple(ranking[:1])}):
+        table = Table("cpu", entries, 1, "0.3.0", "2.13.0")
+        text = measuring.table_text(table)
+        assert json.loads(text) == table.to_dict()
+        assert len(text.splitlines()) == 9 + max(1, len(entries))
+
+
 def test_choices_are_shown_by_length():
     def ranked(*names):
         return tuple(

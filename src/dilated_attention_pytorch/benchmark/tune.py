@@ -6,6 +6,7 @@ those that a first run shows to be far behind get no more.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -34,7 +35,7 @@ from dilated_attention_pytorch.plans import DensePlan, Plan, TilePlan, candidate
 from dilated_attention_pytorch.plans.planner import strided_plan
 from dilated_attention_pytorch.problem import Problem, make_problem
 from dilated_attention_pytorch.training.environment import versions
-from dilated_attention_pytorch.training.files import write_json
+from dilated_attention_pytorch.training.files import write_whole
 
 LENGTHS = (64, 128, 256, 512, 1024, 4096, 16384)
 QUADRATIC = ("full", "causal", "other")
@@ -271,11 +272,27 @@ def tune(
     for done, key in enumerate(keys):
         ranking = rank(key, device, rounds, [m.choice for m in entries.get(key, ())])
         if ranking is not None:
-            entries[key] = ranking
-            write_json(path, table.to_dict())
+            entries[key] = best_of_each(ranking) if any_device else ranking
+            write_whole(path, table_text(table).encode())
         if progress is not None:
             progress((done + 1) / len(keys))
     return table
+
+
+def best_of_each(ranking: Sequence[Measured]) -> tuple[Measured, ...]:
+    """The ranking with the best options only of each backend and plan."""
+    first: dict[tuple[str, str], Measured] = {}
+    for measured in ranking:
+        first.setdefault((measured.choice.backend, measured.choice.plan), measured)
+    return tuple(first.values())
+
+
+def table_text(table: Table) -> str:
+    """The table as JSON, a line for each key, so that a change of one is a change of one line."""
+    value = table.to_dict()
+    lines = [f"    {json.dumps(entry)}" for entry in value.pop("entries")]
+    head = json.dumps(value, indent=2).removesuffix("\n}")
+    return f'{head},\n  "entries": [\n' + ",\n".join(lines) + "\n  ]\n}\n"
 
 
 CHOICE_COLUMNS = ("problem", "fastest, by number of keys (times faster than the next)")
