@@ -138,10 +138,13 @@ def _tile_calls(problem: Problem, plan: TilePlan, task: str, options: TritonOpti
 
 def run(kernel: Any, problem: Problem, grid: tuple[int, ...], arguments: Arguments) -> None:
     """The kernel has been started on the problem's device, with those of the arguments that it takes."""
-    chosen = {name: arguments[name] for name in kernel.arg_names}
-    chosen |= {name: arguments[name] for name in ("num_warps", "num_stages")}
     with _on(problem.q.device):
-        kernel[grid](**chosen)
+        kernel[grid](**chosen(kernel, arguments))
+
+
+def chosen(kernel: Any, arguments: Arguments) -> Arguments:
+    """Those of the arguments that the kernel takes."""
+    return {name: arguments[name] for name in (*kernel.arg_names, "num_warps", "num_stages")}
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -73,17 +73,17 @@ class TritonOptions(Options):
 # The one for tables of tiles takes those of "list", within the table's blocks.
 _HALF: dict[tuple[str, int], tuple[Blocks, Blocks, Blocks, Blocks]] = {
     ("hopper", 64): (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2)),
-    ("hopper", 128): (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2)),
-    ("hopper", 256): (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
+    ("hopper", 128): (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    ("hopper", 256): (Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2)),
     ("ampere", 64): (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2)),
-    ("ampere", 128): (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    ("ampere", 128): (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
     ("ampere", 256): (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
-    ("cdna", 64): (Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
-    ("cdna", 128): (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-    ("cdna", 256): (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
-    ("small", 64): (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2)),
-    ("small", 128): (Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
-    ("small", 256): (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    ("cdna", 64): (Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2)),
+    ("cdna", 128): (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    ("cdna", 256): (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    ("small", 64): (Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2)),
+    ("small", 128): (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
+    ("small", 256): (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
 }
 _SINGLE = {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 32, 8, 1), 256: Blocks(32, 16, 8, 1)}
 """Of float32 inputs, for every kernel and family."""
