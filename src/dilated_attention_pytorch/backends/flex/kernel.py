@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,7 @@ def flex(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
             return _attend(*given)
-    for table in (tables.entries, tables.strides, tables.counts, *(rows or ()), *(score.tables if score else ())):
-        torch._dynamo.mark_static(table)
+    _mark(given[0], given[1], given[2], tables, (*(rows or ()), *(score.tables if score else ())))
     heads = (q.shape[2:], k.shape[2:], v.shape[2:])
     kind = "" if score is None else score.text
     holds = (tables.block_size, tables.weighted, tables.by_key is not None, scale, with_lse)
@@ -63,7 +62,21 @@ def flex(
 def _compiled(constants: tuple[Any, ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """`_attend` compiled for these constants; dynamo limits recompilations per code object, so each has its own."""
     code = _attend.__code__.replace(co_name=f"_attend_{abs(hash(constants))}")
-    return torch.compile(types.FunctionType(code, globals(), code.co_name), fullgraph=True, dynamic=True)
+    return torch.compile(types.FunctionType(code, globals(), code.co_name), fullgraph=True)
+
+
+def _mark(q: Tensor, k: Tensor, v: Tensor, tables: Tables, captured: Sequence[Tensor]) -> None:
+    """Tell dynamo that batch size, lengths and numbers of blocks are symbols, and sizes of captured tensors are not.
+
+    ``dynamic=True`` would make symbols of scale and cap too, and kernels cannot hold those.
+    """
+    for x in (q, k, v):
+        torch._dynamo.maybe_mark_dynamic(x, (0, 2))
+    for lists in (tables.by_query, tables.by_key):
+        for x in () if lists is None else (lists.num, lists.idx, lists.full_num, lists.full_idx):
+            torch._dynamo.maybe_mark_dynamic(x, [i for i in range(x.dim()) if i != 1])
+    for x in (tables.entries, tables.strides, tables.counts, *captured):
+        torch._dynamo.mark_static(x)
 
 
 def _attend(
