@@ -58,10 +58,12 @@ def tune(
         out.print(Text(f"{user_file(place)} is asked first; nothing there falls to the next, then to auto's order"))
         return
     usual = ("float32", "bfloat16") if place.type == "cpu" else ("bfloat16", "float32")
+    every_length = measuring.LENGTHS if place.type == "cpu" else measuring.GPU_LENGTHS
+    usual_lengths = (128, 1024, 4096) if quick else every_length
     keys = measuring.grid(
         words(dtypes) or (usual[:1] if quick else usual),
         integers("--head-dims", head_dims) if head_dims else ((64,) if quick else (32, 64, 128)),
-        integers("--lengths", lengths) if lengths else ((128, 1024, 4096) if quick else measuring.LENGTHS),
+        integers("--lengths", lengths) if lengths else usual_lengths,
         words(patterns) or PATTERN_CLASSES,
     )
     target = file or user_file(place)
