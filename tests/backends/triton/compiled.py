@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for GPUs that need not be there, in a process of its own: python compiled.py SPEC...
 
-A SPEC is "kernel:target:D", with ":full" behind it for a pattern that is not causal, as in "keys_list:sm_90:64". The
-arguments are those that the backend itself would launch with. Prints a list of JSON: registers, spills and instructions.
+A SPEC is "kernel:target:D", as in "keys_list:sm_90:64", with ":full" behind it for a pattern that is not causal and
+":float32" for another dtype than bfloat16. The arguments are those that the backend itself would launch with. Prints a
+line of JSON for each: registers, spills and instructions.
 """
 
 import json
