@@ -50,6 +50,7 @@ SMALL = [
     case("odd", ODD),
     case("odd_causal", ODD & Causal()),
     case("rate_above_segment", Dilated(3, 5)),
+    case("rate_above_int32", Dilated(16, 1 << 40) + Dilated(32, 1 << 29), heads=3),
     case("same_branch_twice", longnet([8, 8], [2, 2])),
     case("mixed_bounds", Window(3) + Dilated(16, 2) + Full()),
     case("torchscale", longnet([8, 16], [2, 4], head_offset="torchscale") & Causal(), heads=3, length=20),

@@ -112,18 +112,18 @@ def test_options_that_no_kernel_takes_raise(wrong):
 
 def test_options_override_the_table_for_their_kernels_only():
     options = TritonOptions(block_m=32, backward_num_warps=2)
-    forward = options.blocks("hopper", "branch", torch.float16, 64)
-    assert forward == default_blocks("hopper", "branch", torch.float16, 64)._replace(block_m=32)
-    keys = options.blocks("hopper", "keys", torch.float16, 64)
-    assert keys == default_blocks("hopper", "keys", torch.float16, 64)._replace(num_warps=2)
+    forward = options.blocks("hopper", "branch", "half", 64)
+    assert forward == default_blocks("hopper", "branch", "half", 64)._replace(block_m=32)
+    keys = options.blocks("hopper", "keys", "half", 64)
+    assert keys == default_blocks("hopper", "keys", "half", 64)._replace(num_warps=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_holds_legal_values_everywhere(family):
     for kernel in ("branch", "list", "blocks", "queries", "keys"):
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for arithmetic in ("half", "ieee", "tf32"):
             for head_dim in (8, 48, 64, 65, 128, 129, 256):
-                blocks = default_blocks(family, kernel, dtype, head_dim)
+                blocks = default_blocks(family, kernel, arithmetic, head_dim)
                 TritonOptions(**blocks._asdict())
     assert family_of(CPU) == "small"
 

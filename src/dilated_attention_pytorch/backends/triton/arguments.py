@@ -33,7 +33,6 @@ def common_arguments(problem: Problem, interpreted: bool) -> Arguments:
     """What every kernel but `row_statistics` takes: q, k, v, the scale, the score rule, dropout and the precision."""
     p = problem
     q, k, v = (unit_stride(x) for x in (p.q, p.k, p.v))
-    nothing = p.q.new_zeros(1, dtype=torch.int64)
     d, dv = p.q.shape[3], p.v.shape[3]
     sign = (p.scale > 0) - (p.scale < 0)
     return {
@@ -53,13 +52,13 @@ def common_arguments(problem: Problem, interpreted: bool) -> Arguments:
         "DP": power_of_two(d),
         "DV": dv,
         "DVP": power_of_two(dv),
-        **_relative_arguments(p, nothing),
-        "SEED": nothing if p.seed is None else p.seed,
+        **_relative_arguments(p),
+        "SEED": q if p.seed is None else p.seed,  # read with dropout only
         "DROPOUT": p.dropout_p > 0,
         "threshold": int(p.dropout_p * 2.0**32),
         "keep": 1.0 / (1.0 - p.dropout_p),
         "F32": interpreted and p.q.dtype != torch.float32,  # the interpreter's products of bfloat16 are wrong
-        "PRECISION": _precision(p),
+        "PRECISION": "tf32" if arithmetic(p) == "tf32" else "ieee",
     }
 
 
@@ -68,10 +67,10 @@ def power_of_two(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
-def _relative_arguments(problem: Problem, nothing: Tensor) -> Arguments:
+def _relative_arguments(problem: Problem) -> Arguments:
     rule = problem.score
     if not isinstance(rule, Relative):
-        return {"RELATIVE": 0, "RELATIVE_TABLE": nothing, "relative_head": 0, "reach": 0}
+        return {"RELATIVE": 0, "RELATIVE_TABLE": problem.q, "relative_head": 0, "reach": 0}
     table = rule.tables[0].to(problem.q.device, torch.float32).contiguous()
     if rule.slopes is not None:
         return {"RELATIVE": 1, "RELATIVE_TABLE": table, "relative_head": 1, "reach": 0}
@@ -84,11 +83,12 @@ def _relative_arguments(problem: Problem, nothing: Tensor) -> Arguments:
     }
 
 
-def _precision(problem: Problem) -> str:
-    """TF32 products of float32 only where PyTorch's own are allowed to be."""
+def arithmetic(problem: Problem) -> str:
+    """How matrix products are computed: "half", "ieee", or "tf32" where PyTorch's own products of float32 may be."""
+    if problem.q.dtype != torch.float32:
+        return "half"
     nvidia = problem.q.device.type == "cuda" and torch.version.hip is None
-    allowed = nvidia and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed and problem.q.dtype == torch.float32 else "ieee"
+    return "tf32" if nvidia and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def branch_arguments(problem: Problem, branches: tuple[Branch, ...], by_keys: bool) -> Arguments:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.backends.base import Backend, Gradients
-from dilated_attention_pytorch.backends.triton.arguments import common_arguments, strides, unit_stride
+from dilated_attention_pytorch.backends.triton.arguments import arithmetic, common_arguments, strides, unit_stride
 from dilated_attention_pytorch.backends.triton.calls import calls, run, statistics_call
 from dilated_attention_pytorch.backends.triton.config import TritonOptions, family_of
 from dilated_attention_pytorch.memory import empty
@@ -45,7 +45,7 @@ class TritonBackend(Backend):
     def candidates(self, problem: Problem) -> tuple[TritonOptions, ...]:
         """The table's choice, the other ways to split branches into launches, and neighbours of its tiles."""
         head_dim = max(problem.q.shape[3], problem.v.shape[3])
-        first = self.options.blocks(family_of(problem.q.device), "list", problem.q.dtype, head_dim)
+        first = self.options.blocks(family_of(problem.q.device), "list", arithmetic(problem), head_dim)
         found = [self.options, *(replace(self.options, split=split) for split in ("together", "apart"))]
         for block_m, block_n, num_warps in (
             (first.block_m, min(2 * first.block_n, 128), first.num_warps),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.backends.triton.arguments import (
     Arguments,
+    arithmetic,
     block_arguments,
     branch_arguments,
     document_arguments,
@@ -50,7 +51,7 @@ def calls(problem: Problem, plan: Plan, task: str, options: TritonOptions) -> tu
     """The calls of a task, "forward", "queries" (dq) or "keys" (dk and dv); kept for as long as the plan lives."""
     p = problem
     with_positions = p.dropout_p > 0 or p.score is not None
-    key = (task, options, p.q.dtype, p.q.shape[3], p.v.shape[3], p.kv_group, with_positions)
+    key = (task, options, p.q.dtype, arithmetic(p), p.q.shape[3], p.v.shape[3], p.kv_group, with_positions)
     with _lock:
         known = _known.setdefault(plan, {})
         if key in known:
@@ -68,7 +69,7 @@ def calls(problem: Problem, plan: Plan, task: str, options: TritonOptions) -> tu
 
 def _blocks(problem: Problem, kernel: str, options: TritonOptions) -> Blocks:
     head_dim = max(problem.q.shape[3], problem.v.shape[3])
-    return options.blocks(family_of(problem.q.device), kernel, problem.q.dtype, head_dim)
+    return options.blocks(family_of(problem.q.device), kernel, arithmetic(problem), head_dim)
 
 
 def _launched_with(blocks: Blocks) -> Arguments:

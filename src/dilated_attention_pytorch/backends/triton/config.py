@@ -12,6 +12,8 @@ from dilated_attention_pytorch.errors import InvalidInput
 
 SPLITS = ("auto", "together", "apart")
 """How a sum of branches is dealt out to launches: as the planner's cost model says, all in one, or one each."""
+GRADIENTS = ("queries", "keys")
+"""The kernels of dq, and of dk and dv."""
 
 
 class Blocks(NamedTuple):
@@ -61,10 +63,10 @@ class TritonOptions(Options):
         if self.split not in SPLITS:
             raise InvalidInput(f"TritonOptions: expected split to be one of {SPLITS}. Got {self.split!r}.")
 
-    def blocks(self, family: str, kernel: str, dtype: torch.dtype, head_dim: int) -> Blocks:
-        """What a kernel is launched with: the table's values where nothing is chosen."""
-        given = default_blocks(family, kernel, dtype, head_dim)
-        prefix = "backward_" if kernel in ("queries", "keys") else ""
+    def blocks(self, family: str, kernel: str, arithmetic: str, head_dim: int) -> Blocks:
+        """What a kernel is launched with: the values of `default_blocks` where nothing is chosen."""
+        given = default_blocks(family, kernel, arithmetic, head_dim)
+        prefix = "backward_" if kernel in GRADIENTS else ""
         chosen = (getattr(self, prefix + name) for name in Blocks._fields)
         return Blocks(*(given[i] if value is None else value for i, value in enumerate(chosen)))
 
@@ -79,29 +81,38 @@ _HALF: dict[tuple[str, int], tuple[Blocks, Blocks, Blocks, Blocks]] = {
     ("ampere", 128): (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
     ("ampere", 256): (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
     ("cdna", 64): (Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2)),
-    ("cdna", 128): (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2)),
-    ("cdna", 256): (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    ("cdna", 128): (Blocks(128, 32, 4, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 4, 2)),
+    ("cdna", 256): (Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
     ("small", 64): (Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2)),
     ("small", 128): (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
-    ("small", 256): (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    ("small", 256): (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1)),
 }
-_SINGLE = {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 32, 8, 1), 256: Blocks(32, 16, 8, 1)}
-"""Of float32 inputs, for every kernel and family."""
+# (arithmetic, head dims up to) -> for float32 inputs of every family, the blocks of the forward and gradient kernels.
+_SINGLE: dict[tuple[str, int], tuple[Blocks, Blocks]] = {
+    ("ieee", 64): (Blocks(64, 16, 8, 1), Blocks(32, 32, 4, 1)),
+    ("ieee", 128): (Blocks(16, 16, 8, 1), Blocks(32, 16, 8, 1)),
+    ("ieee", 256): (Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
+    ("tf32", 64): (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
+    ("tf32", 128): (Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2)),
+    ("tf32", 256): (Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1)),
+}
 _KERNELS = ("branch", "list", "queries", "keys")
 FAMILIES = tuple(dict.fromkeys(family for family, _ in _HALF))
 """hopper: sm_90 and data-centre Blackwell; ampere: sm_80; cdna: AMD's gfx9; small: less shared memory than those."""
 
 
-def default_blocks(family: str, kernel: str, dtype: torch.dtype, head_dim: int) -> Blocks:
+def default_blocks(family: str, kernel: str, arithmetic: str, head_dim: int) -> Blocks:
     """The table's entry for a kernel: "branch", "list", "blocks", "queries" or "keys".
 
+    ``arithmetic`` is that of the matrix products: "half", or for float32 inputs "ieee" or "tf32".
+
     Example:
-        >>> default_blocks("hopper", "branch", torch.bfloat16, 48)
+        >>> default_blocks("hopper", "branch", "half", 48)
         Blocks(block_m=128, block_n=64, num_warps=4, num_stages=3)
     """
     bucket = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    if dtype.itemsize == 4:
-        return _SINGLE[bucket]
+    if arithmetic != "half":
+        return _SINGLE[arithmetic, bucket][kernel in GRADIENTS]
     return _HALF[family, bucket][_KERNELS.index("list" if kernel == "blocks" else kernel)]
 
 

@@ -14,6 +14,7 @@ from dilated_attention_pytorch.backends.triton.walk import (
     FORWARD,
     LN2,
     LOG2E,
+    ceil_div,
     load_rows,
     store_rows,
     visit,
@@ -147,13 +148,15 @@ def forward_branch(
         tile = tl.num_programs(0) - 1 - tile
     head = tl.program_id(2) % H
     sample = tl.program_id(2) // H
-    start = (first_segment + tl.program_id(1)) * segment_length
-    stop = tl.minimum(start + segment_length, QUERY_START + NQ)
-    c = tl.load(PLACE + head)
-    pos = start + c + (tile * BM + tl.arange(0, BM)) * rate
-    low = start + c + tile * BM * rate
-    if (c >= 0) & (low < stop) & (low + (BM - 1) * rate >= QUERY_START):
-        ok = (pos >= QUERY_START) & (pos < stop)
+    segment = (first_segment + tl.program_id(1)) * segment_length
+    start = segment + tl.load(PLACE + head)
+    places = ceil_div(tl.minimum(segment + segment_length, QUERY_START + NQ) - start, rate)
+    if (start >= segment) & (tile * BM < places):
+        i = tile * BM + tl.arange(0, BM)
+        pos = start + tl.minimum(i, places - 1) * rate
+        low = start + tile * BM * rate
+        high = start + (tl.minimum(tile * BM + BM, places) - 1) * rate
+        ok = (i < places) & (pos >= QUERY_START)
         b = sample.to(tl.int64)
         h = head.to(tl.int64)
         at = (pos - QUERY_START).to(tl.int64)
@@ -166,8 +169,7 @@ def forward_branch(
             seed = tl.load(SEED)
         acc, top, total = visit_segment(
             acc, top, total, q, q, top, top, pos, ok, True,
-            tl.maximum(low, QUERY_START), tl.minimum(low + (BM - 1) * rate, stop - 1),
-            start + c, start + segment_length,
+            tl.maximum(low, QUERY_START), high, start, segment + segment_length,
             K + b * k_sample + h // SHARE * k_head, V + b * v_sample + h // SHARE * v_head, LSE, LSE,
             RELATIVE_TABLE + h * relative_head, rate, behind, ahead,
             KEY_START, visible_end(KEY_LENGTH, sample, KEY_START, NK, PADDED), k_row, v_row,

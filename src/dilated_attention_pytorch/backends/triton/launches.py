@@ -175,7 +175,8 @@ def branch_tables(layout: Layout, part: Sequence[int]) -> tuple[Table, Table]:
         b = layout.branches[number]
         segment = end if b.segment_length is None else min(b.segment_length, end)
         behind = end if b.window is None else min(b.window - 1, end)
-        rows.append((segment, b.dilation_rate, behind, 0 if b.is_causal else behind))
+        rate = min(b.dilation_rate, max(segment, layout.num_heads))  # further on, a segment has one place anyway
+        rows.append((segment, rate, behind, 0 if b.is_causal else behind))
         first, last = b.head_range(layout.num_heads)
         offsets[first:last, column] = [int(b.offset(h, layout.num_heads)) for h in range(first, last)]
     return np.array(rows, dtype=np.int32).reshape(-1, 4), offsets
