@@ -15,10 +15,10 @@ SCRIPT = Path(__file__).with_name("interpreted.py")
 # What one process runs, so that each takes about as long; interpreted.py says what the names are.
 GROUPS = {
     "patterns": "causal window window_causal paper odd odd_causal rate_above_segment rate_above_int32 product",
-    "heads_and_documents": "torchscale head_groups same_branch_twice grouped documents documents_cut documents_batched half:documents",
-    "rows": "padded padded_whole placed beyond values_wider last_dim_strided expanded fused mixed_bounds",
-    "numbers": "slopes table one_table dropout dropout_grouped dropout_words head_dim_40 negative_scale zero_scale half:odd_causal",
-    "laws": "laws wrong_plan large_offsets",
+    "heads": "torchscale head_groups same_branch_twice grouped mixed_bounds documents documents_cut documents_batched",
+    "rows": "padded padded_whole placed beyond values_wider last_dim_strided expanded fused half:documents",
+    "numbers": "slopes table one_table dropout dropout_grouped dropout_words negative_scale zero_scale half:odd_causal",
+    "laws": "laws wrong_plan large_offsets head_dim_40",
     "packed": "packed",
 }
 
