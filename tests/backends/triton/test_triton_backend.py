@@ -1,6 +1,7 @@
 """The Triton backend without a GPU: what it refuses and why, its options, and the tables that it makes for kernels."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -58,11 +59,25 @@ def test_present_triton_is_no_reason():
     assert TritonBackend().import_error() is None
 
 
-@needs_triton
 def test_on_a_cpu_the_reason_says_where_the_kernels_run():
     text = against(problem(device="cpu"))
     assert "cuda and xpu devices, not on cpu" in text
     assert "backend='sdpa'" in text
+
+
+def test_asking_on_a_cpu_imports_no_triton():
+    code = (
+        "import sys, torch\n"
+        "from dilated_attention_pytorch.backends.triton import TritonBackend\n"
+        "from dilated_attention_pytorch.patterns import Causal\n"
+        "from dilated_attention_pytorch.plans import candidate_plans\n"
+        "from dilated_attention_pytorch.problem import make_problem\n"
+        "q = torch.zeros(1, 8, 1, 8)\n"
+        "given = make_problem(q, q, q, scale=1.0, query_start=0)\n"
+        "assert TritonBackend().reasons_against(given, candidate_plans(Causal(), given)[0])\n"
+        "assert 'triton' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
 
 
 @pytest.mark.parametrize(

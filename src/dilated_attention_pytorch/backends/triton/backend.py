@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -112,7 +113,13 @@ def _kernel(name: str) -> Any:
 
 
 def interpreting() -> bool:
-    """Whether Triton was imported with TRITON_INTERPRET=1, so that kernels run on the CPU."""
+    """Whether Triton was imported with TRITON_INTERPRET=1, so that kernels run on the CPU.
+
+    Asked for every problem on a CPU, it imports Triton only where that variable is set.
+    """
+    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    if not asked or importlib.util.find_spec("triton") is None:
+        return False
     from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped, import-not-found]
 
     return isinstance(_kernel("forward_list"), InterpretedFunction)
