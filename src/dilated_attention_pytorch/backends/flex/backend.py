@@ -13,6 +13,7 @@ from torch import Tensor
 from dilated_attention_pytorch.backends.base import Backend, Gradients, Options
 from dilated_attention_pytorch.backends.flex.kernel import flex
 from dilated_attention_pytorch.backends.flex.tables import row_positions, table_bytes, tables_of
+from dilated_attention_pytorch.backends.ordered import backward_in_order, forward_in_order
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.plans import Plan, TilePlan
 from dilated_attention_pytorch.plans.orders import OrderedPlan
@@ -103,8 +104,7 @@ class FlexBackend(Backend):
 
     def forward(self, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
         if isinstance(plan, OrderedPlan):
-            out, lse = self.forward(plan.order.applied(problem), plan.tiles)
-            return plan.order.restored_queries(out, 1), plan.order.restored_queries(lse, 2)
+            return forward_in_order(self, problem, plan)
         if problem.key_length == 0:
             return _nothing_seen(problem)
         out, found = self._call(problem, plan, (problem.q, problem.k, problem.v))
@@ -130,12 +130,7 @@ class FlexBackend(Backend):
         which are the derivatives of the merge.
         """
         if isinstance(plan, OrderedPlan):
-            order = plan.order
-            dout, out = (order.ordered_queries(x, 1) for x in (dout, out))
-            lse, dlse = order.ordered_queries(lse, 2), None if dlse is None else order.ordered_queries(dlse, 2)
-            found = self.backward(order.applied(problem), plan.tiles, dout, dlse, out, lse)
-            dq, (dk, dv) = order.restored_queries(found.q, 1), (order.restored_keys(x, 1) for x in (found.k, found.v))
-            return Gradients(dq, dk, dv)
+            return backward_in_order(self, problem, plan, dout, dlse, out, lse)
         if problem.key_length == 0:
             dq, dk, dv = (x.new_zeros(x.shape) for x in _leaves(problem))
             return Gradients(dq, dk, dv)
