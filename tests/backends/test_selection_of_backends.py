@@ -91,16 +91,16 @@ def test_unknown_names_are_refused():
 
 
 def test_the_order_of_all_backends():
-    """On a CPU the C kernel comes first where it can be built, and PyTorch's kernels serve where it cannot."""
+    """Our own kernels first, then others' on pieces; what compiles for each shape stands behind what can do anything."""
     names = [b.name for b in BACKENDS]
-    assert names.index("native") < names.index("sdpa") < names.index("dense") == len(names) - 1
+    assert names == ["triton", "native", "flash_attn", "xformers", "sdpa", "dense", "flex"]
 
 
 def test_names_are_unique_and_reasons_are_pure():
     assert len({b.name for b in BACKENDS}) == len(BACKENDS)
     problem = problem_of()
     for backend in BACKENDS:
-        for plan in candidate_plans(Causal(), problem):
+        for plan in (p for p in candidate_plans(Causal(), problem) if isinstance(p, backend.plans)):
             assert backend.reasons_against(problem, plan) == backend.reasons_against(problem, plan)
 
 

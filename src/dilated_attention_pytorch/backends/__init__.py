@@ -5,8 +5,10 @@ from __future__ import annotations
 from dilated_attention_pytorch.backends.base import Backend, Gradients
 from dilated_attention_pytorch.backends.dense import DenseBackend
 from dilated_attention_pytorch.backends.flash_attn import FlashAttnBackend
+from dilated_attention_pytorch.backends.flex import FlexBackend
 from dilated_attention_pytorch.backends.native import NativeBackend
 from dilated_attention_pytorch.backends.sdpa import SdpaBackend
+from dilated_attention_pytorch.backends.triton import TritonBackend
 from dilated_attention_pytorch.backends.tuning import Choice, ranking
 from dilated_attention_pytorch.backends.xformers import XformersBackend
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
@@ -14,11 +16,13 @@ from dilated_attention_pytorch.plans import DensePlan, Plan, StridedPlan, TilePl
 from dilated_attention_pytorch.problem import Problem
 
 BACKENDS: tuple[Backend, ...] = (
+    TritonBackend(),
     NativeBackend(),
     FlashAttnBackend(),
     XformersBackend(),
     SdpaBackend(),
     DenseBackend(),
+    FlexBackend(),  # compiles for seconds at every new shape: behind dense, unless measured to be faster
 )
 
 __all__ = [
@@ -26,9 +30,11 @@ __all__ = [
     "Backend",
     "DenseBackend",
     "FlashAttnBackend",
+    "FlexBackend",
     "Gradients",
     "NativeBackend",
     "SdpaBackend",
+    "TritonBackend",
     "XformersBackend",
     "check_backend_name",
     "needs_tiles",

@@ -115,6 +115,8 @@ def support_columns() -> list[tuple[Backend, str]]:
 def support_table() -> str:
     """The table in Markdown: a row for each feature, a column for each backend and device, reasons as footnotes.
 
+    "forward" means without gradients only.
+
     Example:
         >>> support_table().splitlines()[0].startswith("| feature |")
         True
@@ -126,11 +128,10 @@ def support_table() -> str:
     for feature in FEATURES:
         cells = []
         for backend, device in columns:
-            numbers = []
-            for reason in support(backend, feature, device):
-                if reason not in notes:
-                    notes.append(reason)
-                numbers.append(str(1 + notes.index(reason)))
-            cells.append("no (" + ", ".join(numbers) + ")" if numbers else "yes")
+            against = support(backend, feature, device)
+            without = support(backend, replace(feature, needs_grad=False), device) if feature.needs_grad else against
+            notes.extend(reason for reason in (without or against) if reason not in notes)
+            numbers = ", ".join(str(1 + notes.index(reason)) for reason in without or against)
+            cells.append("yes" if not against else f"{'no' if without else 'forward'} ({numbers})")
         lines.append(f"| {feature.name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]) + "\n"
