@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import Causal, Documents, longnet
-from dilated_attention_pytorch.plans import candidate_plans, planner
+from dilated_attention_pytorch.plans import DensePlan, StridedPlan, candidate_plans, planner
 from dilated_attention_pytorch.problem import make_problem
 
 
@@ -79,3 +79,25 @@ def test_threads_share_it():
         t.join()
     assert errors == []
     assert len(planner._cache) <= 23
+
+
+def test_log_counts_are_made_when_asked_for_and_hold_no_numbers():
+    problem = problem_of(40)
+    dense = next(p for p in candidate_plans(Causal(), problem) if isinstance(p, DensePlan))
+    assert "log_counts" not in vars(dense)
+    assert dense.log_counts is dense.log_counts
+    assert torch.equal(dense.log_counts.exp().long(), dense.expand(problem))
+    assert dense.short.q.untyped_storage().nbytes() == problem.q.element_size()
+    held = problem_of(512)
+    assert next(p for p in candidate_plans(Causal(), held) if isinstance(p, DensePlan)).short is not None
+    long = problem_of(1024)
+    assert next(p for p in candidate_plans(Causal(), long) if isinstance(p, DensePlan)).log_counts is None
+
+
+def test_what_may_be_held_comes_first_only_when_it_is_short():
+    """Above MASKED_PAIRS only a measurement puts the dense plan first."""
+    pattern = longnet([16, 48, 256], [1, 3, 5]) & Causal()
+    short, longer = (candidate_plans(pattern, problem_of(n, heads=15)) for n in (64, 128))
+    assert isinstance(short[0], DensePlan)
+    assert isinstance(longer[0], StridedPlan)
+    assert longer[1].short is not None

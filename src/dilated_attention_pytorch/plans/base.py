@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,11 +37,24 @@ class Plan(ABC):
 class DensePlan(Plan):
     """Every query against every key, with the logarithm of the count added to the logit.
 
-    ``log_counts`` (B or 1, H, Nq, Nk), in the accumulate dtype, is there for short problems; otherwise backends make it
+    ``short`` is the problem without its numbers where all counts may be held at once; elsewhere backends make them
     block by block.
     """
 
-    log_counts: Tensor | None = None
+    short: Problem | None = None
+
+    @cached_property
+    def log_counts(self) -> Tensor | None:
+        """Logarithms of the counts of a short problem (B or 1, H, Nq, Nk), accumulate dtype; made when first asked for.
+
+        None for long problems.
+        """
+        if self.short is None:
+            return None
+        device = self.short.q.device
+        head = torch.arange(self.short.num_heads, device=device)
+        q, k = (positions_tensor(at, device) for at in (self.short.query_positions, self.short.key_positions))
+        return block_counts(self.pattern, self.short, head, q, k).to(self.short.accumulate_dtype).log()
 
     def expand(self, problem: Problem) -> Tensor:
         device = problem.q.device

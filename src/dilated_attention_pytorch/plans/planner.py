@@ -6,17 +6,16 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
-
 from dilated_attention_pytorch.patterns import Branch, Documents, Pattern
-from dilated_attention_pytorch.plans.base import DensePlan, Plan, block_counts
+from dilated_attention_pytorch.plans.base import DensePlan, Plan
 from dilated_attention_pytorch.plans.pieces import Span, chunk_pieces
 from dilated_attention_pytorch.plans.strided import Chunk, HeadSlice, Piece, StridedPlan
 from dilated_attention_pytorch.plans.tiles import tile_plan
-from dilated_attention_pytorch.problem import Problem, positions_tensor
+from dilated_attention_pytorch.problem import Problem
 
 CHUNK_ROWS = 8192
 """A chunk is the largest multiple of the segments' common multiple within this, or one common multiple (tokens)."""
@@ -31,7 +30,9 @@ class Interval(NamedTuple):
 
 
 MASKED_PAIRS = 1 << 17
-"""Up to so many (head, query, key) places a DensePlan holds its log-counts, to be used again."""
+"""Up to so many (head, query, key) places a dense plan may come first without having been measured as faster."""
+HELD_PAIRS = 1 << 19
+"""Up to so many places a DensePlan holds its log-counts once they were asked for, to be used again."""
 CALL_PAIRS = 50_000
 """What one call for one piece costs beside its arithmetic, in pairs of one kernel (about 0.1 ms on a CPU core)."""
 
@@ -74,12 +75,12 @@ def candidate_plans(pattern: Pattern, problem: Problem, tiles: bool = False) -> 
     if strided is not None:
         calls = sum(len(chunk.pieces) for chunk in strided.chunks)
         strided_cost = strided.issued_pairs(problem) + CALL_PAIRS * calls
-        short = dense.log_counts is not None and dense.issued_pairs(problem) < strided_cost
+        short = _counted_pairs(problem) <= MASKED_PAIRS and dense.issued_pairs(problem) < strided_cost
         plans = (dense, strided) if short else (strided, dense)
     if tiles or strided is None:
         tiled = tile_plan(pattern, problem)
         if tiled is not None:
-            plans = (*plans, tiled) if strided is not None or dense.log_counts is not None else (tiled, *plans)
+            plans = (*plans, tiled) if strided is not None or dense.short is not None else (tiled, *plans)
     with _lock:
         _cache[key] = plans
         while len(_cache) > _CACHE_SIZE:
@@ -88,15 +89,17 @@ def candidate_plans(pattern: Pattern, problem: Problem, tiles: bool = False) -> 
 
 
 def dense_plan(pattern: Pattern, problem: Problem) -> DensePlan:
-    """The dense plan, holding its log-counts when the problem is short."""
-    samples = 1 if problem.key_lengths is None else problem.batch
-    if samples * problem.num_heads * problem.query_length * problem.key_length > MASKED_PAIRS:
+    """The dense plan; short enough, it can hold its log-counts."""
+    if _counted_pairs(problem) > HELD_PAIRS:
         return DensePlan(pattern)
-    device = problem.q.device
-    head = torch.arange(problem.num_heads, device=device)
-    q, k = (positions_tensor(runs, device) for runs in (problem.query_positions, problem.key_positions))
-    counts = block_counts(pattern, problem, head, q, k)
-    return DensePlan(pattern, counts.to(problem.accumulate_dtype).log())
+    q, k, v = (x.new_empty(1).expand(x.shape) for x in (problem.q, problem.k, problem.v))  # keeps no numbers alive
+    return DensePlan(pattern, replace(problem, q=q, k=k, v=v, bias=None, score=None, dropout_p=0.0, seed=None))
+
+
+def _counted_pairs(problem: Problem) -> int:
+    """Places (sample, head, query, key) that may have different counts."""
+    samples = 1 if problem.key_lengths is None else problem.batch
+    return samples * problem.num_heads * problem.query_length * problem.key_length
 
 
 def strided_plan(pattern: Pattern, problem: Problem) -> StridedPlan | None:
