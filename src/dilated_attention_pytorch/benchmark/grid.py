@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.attention import attend
-from dilated_attention_pytorch.backends import BACKENDS, needs_tiles
+from dilated_attention_pytorch.backends import BACKENDS
 from dilated_attention_pytorch.benchmark.measure import Spread, interleaved_seconds, times_faster
 from dilated_attention_pytorch.explanation import explain
 from dilated_attention_pytorch.patterns import Causal, Documents, Full, Pattern, Window, longnet
@@ -117,11 +117,7 @@ def runs_of(shape: Shape) -> tuple[dict[str, Callable[[], object]], str]:
     auto = explain(q, k, v, shape.pattern, key_padding_mask=mask)
     pairs = shape.batch * shape.heads * (shape.queries or shape.keys) * shape.keys
     dense_is_far = pairs > FAR_PAIRS and pairs > FAR_WORK * auto.pairs
-    names = [
-        name
-        for name, against in auto.backends.items()
-        if not against and not needs_tiles(name) and not (name == "dense" and dense_is_far)
-    ]
+    names = [name for name, against in auto.backends.items() if not against and not (name == "dense" and dense_is_far)]
     runs = {name: run(name) for name in ("auto", *names)}
     return runs, f"{auto.chosen}, {auto.chosen_plan}"
 

@@ -38,8 +38,9 @@ def info(
     names = [device for device, _ in devices]
     columns = ("backend", "device", "dtype", "answer")
     out.print(Table("Backends for dilated attention", columns, backend_rows(names)).to_rich())
-    rows = [row for name in names for row in tuning_rows(torch.device(name))]
-    out.print(Table("What auto goes by", ("tuning file", "state"), rows).to_rich())
+    out.print(Text("What auto goes by", style="bold"))
+    for path, state in dict.fromkeys(row for name in names for row in tuning_rows(torch.device(name))):
+        out.print(Text(f"{path}\n  {state}"), soft_wrap=True)  # paths stay whole
 
 
 def backend_rows(devices: list[str]) -> list[tuple[str, ...]]:
