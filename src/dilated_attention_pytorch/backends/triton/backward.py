@@ -176,14 +176,14 @@ def queries_blocks(
         FULL_LIST + block * FULL_WIDTH, FULL_COUNT + block * FULL_WIDTH, COUNTS, KEY_AT, relative,
         0, tl.load(FULL_NUM + block) * (BLOCK_K // BN), NK, 0, 1, 0, k_row, v_row, 0, 0,
         scale, reach, sample * H + head, seed, threshold, keep,
-        BN, D, DP, DV, DVP, QUERIES, RAGGED, False, 1, BLOCK_K, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
+        BN, D, DP, DV, DVP, QUERIES, RAGGED, False, False, 1, BLOCK_K, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
     )  # fmt: skip
     dq, _, _ = visit(
         dq, idle, idle, q, dout, origin, delta, pos, local, ok, k, v, ORIGIN, DELTA,
         LIST + block * WIDTH, ENTRY + block * WIDTH, COUNTS, KEY_AT, relative,
         0, tl.load(NUM + block) * (BLOCK_K // BN), NK, 0, 1, 0, k_row, v_row, 0, 0,
         scale, reach, sample * H + head, seed, threshold, keep,
-        BN, D, DP, DV, DVP, QUERIES, True, False, 2, BLOCK_K, BLOCK_K, 1, BLOCK_Q * BLOCK_K,
+        BN, D, DP, DV, DVP, QUERIES, True, False, False, 2, BLOCK_K, BLOCK_K, 1, BLOCK_Q * BLOCK_K,
         RELATIVE, DROPOUT, F32, PRECISION,
     )  # fmt: skip
     store_rows(DQ + (b * NQ * H + h) * D, at, H * D, ok, dq * softmax_scale, D, DP)
@@ -228,14 +228,14 @@ def keys_blocks(
             FULL_LIST + block * FULL_WIDTH, FULL_COUNT + block * FULL_WIDTH, COUNTS, QUERY_AT, relative,
             0, tl.load(FULL_NUM + block) * (BLOCK_Q // BN), NQ, 0, 1, 0, q_row, g_row, 0, 0,
             scale, reach, sample * H + head, seed, threshold, keep,
-            BN, D, DP, DV, DVP, KEYS, RAGGED, False, 1, BLOCK_Q, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
+            BN, D, DP, DV, DVP, KEYS, RAGGED, False, False, 1, BLOCK_Q, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
         )  # fmt: skip
         dk, dv, _ = visit(
             dk, dv, idle, k, v, idle, idle, pos, local, ok, q, dout, origin, delta,
             LIST + block * WIDTH, ENTRY + block * WIDTH, COUNTS, QUERY_AT, relative,
             0, tl.load(NUM + block) * (BLOCK_Q // BN), NQ, 0, 1, 0, q_row, g_row, 0, 0,
             scale, reach, sample * H + head, seed, threshold, keep,
-            BN, D, DP, DV, DVP, KEYS, True, False, 2, BLOCK_Q, 1, BLOCK_K, BLOCK_Q * BLOCK_K,
+            BN, D, DP, DV, DVP, KEYS, True, False, False, 2, BLOCK_Q, 1, BLOCK_K, BLOCK_Q * BLOCK_K,
             RELATIVE, DROPOUT, F32, PRECISION,
         )  # fmt: skip
     kv_heads = H // SHARE

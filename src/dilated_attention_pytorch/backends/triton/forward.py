@@ -227,14 +227,14 @@ def forward_blocks(
         FULL_LIST + block * FULL_WIDTH, FULL_COUNT + block * FULL_WIDTH, COUNTS, KEY_AT, relative,
         0, tl.load(FULL_NUM + block) * (BLOCK_K // BN), NK, 0, 1, 0, k_row, v_row, 0, 0,
         scale, reach, sample * H + head, seed, threshold, keep,
-        BN, D, DP, DV, DVP, FORWARD, RAGGED, False, 1, BLOCK_K, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
+        BN, D, DP, DV, DVP, FORWARD, RAGGED, False, False, 1, BLOCK_K, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
     )  # fmt: skip
     acc, top, total = visit(
         acc, top, total, q, q, top, top, pos, local, ok, k, v, LSE, LSE,
         LIST + block * WIDTH, ENTRY + block * WIDTH, COUNTS, KEY_AT, relative,
         0, tl.load(NUM + block) * (BLOCK_K // BN), NK, 0, 1, 0, k_row, v_row, 0, 0,
         scale, reach, sample * H + head, seed, threshold, keep,
-        BN, D, DP, DV, DVP, FORWARD, True, False, 2, BLOCK_K, BLOCK_K, 1, BLOCK_Q * BLOCK_K,
+        BN, D, DP, DV, DVP, FORWARD, True, False, False, 2, BLOCK_K, BLOCK_K, 1, BLOCK_Q * BLOCK_K,
         RELATIVE, DROPOUT, F32, PRECISION,
     )  # fmt: skip
     store_sums(out, lse, at, H * DV, ok, acc, top, total, DV, DVP)

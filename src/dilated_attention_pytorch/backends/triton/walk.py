@@ -73,7 +73,7 @@ def visit(
     begin, steps, end, first, step, other_start, stride1, stride2, behind, ahead,
     scale, reach, row, seed, threshold, keep,
     BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, MODE: tl.constexpr,
-    MASKED: tl.constexpr, BANDED: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, BEHIND: tl.constexpr, AHEAD: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr,
     LOCAL_STEP: tl.constexpr, COLUMN_STEP: tl.constexpr, ENTRY_SIZE: tl.constexpr,
     RELATIVE: tl.constexpr, DROPOUT: tl.constexpr, F32: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -84,6 +84,10 @@ def visit(
     table in COUNTS (TABLE 2), where the tile's rows are `local`.
     """
     column = tl.arange(0, BN)
+    # A row sees places from its floor to its limit. Rows that this is not for, and places that are not there, lie
+    # beyond any bound that exists: one comparison for each pair and bound.
+    limit = tl.where(row_ok, pos + ahead, -1)
+    floor = tl.where(row_ok, pos - behind, 2 * FAR)
     for t in range(steps):
         if TABLE == 0:
             n = begin + t * BN + column
@@ -120,10 +124,14 @@ def visit(
             count = tl.load(table + local[:, None] * LOCAL_STEP + inner[None, :] * COLUMN_STEP)
             s += tl.log2(count.to(tl.float32))
         if MASKED:
-            seen = held[None, :] & row_ok[:, None]
-            if BANDED:
-                gap = place[None, :] - pos[:, None]
-                seen = seen & (gap <= ahead) & (gap >= -behind)
+            if AHEAD:
+                seen = tl.where(held, place, 2 * FAR)[None, :] <= limit[:, None]
+                if BEHIND:
+                    seen = seen & (place[None, :] >= floor[:, None])
+            elif BEHIND:
+                seen = tl.where(held, place, -2 * FAR)[None, :] >= floor[:, None]
+            else:
+                seen = held[None, :] & row_ok[:, None]
             s = tl.where(seen, s, float("-inf"))  # before the row maximum
         if DROPOUT:
             if MODE == KEYS:
@@ -205,14 +213,14 @@ def visit_segment(
             a1, a2, a3, x1, x2, r1, r2, pos, pos, row_ok, Y1, Y2, ORIGIN, DELTA, Y1, Y1, Y1, Y1, RELATIVE_TABLE,
             begin, edge, end, base, step, other_start, stride1, stride2, behind, ahead,
             scale, reach, row, seed, threshold, keep,
-            BN, D, DP, DV, DVP, MODE, True, True, 0, BN, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
+            BN, D, DP, DV, DVP, MODE, True, BEHIND, AHEAD, 0, BN, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
         )  # fmt: skip
         begin += edge * BN
     a1, a2, a3 = visit(
         a1, a2, a3, x1, x2, r1, r2, pos, pos, row_ok, Y1, Y2, ORIGIN, DELTA, Y1, Y1, Y1, Y1, RELATIVE_TABLE,
         begin, full, end, base, step, other_start, stride1, stride2, behind, ahead,
         scale, reach, row, seed, threshold, keep,
-        BN, D, DP, DV, DVP, MODE, False, False, 0, BN, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
+        BN, D, DP, DV, DVP, MODE, False, False, False, 0, BN, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
     )  # fmt: skip
     begin += full * BN
     rest = tl.maximum(end - begin + BN - 1, 0) // BN
@@ -220,7 +228,7 @@ def visit_segment(
         a1, a2, a3, x1, x2, r1, r2, pos, pos, row_ok, Y1, Y2, ORIGIN, DELTA, Y1, Y1, Y1, Y1, RELATIVE_TABLE,
         begin, rest, end, base, step, other_start, stride1, stride2, behind, ahead,
         scale, reach, row, seed, threshold, keep,
-        BN, D, DP, DV, DVP, MODE, True, BEHIND or AHEAD, 0, BN, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
+        BN, D, DP, DV, DVP, MODE, True, BEHIND, AHEAD, 0, BN, 0, 0, 0, RELATIVE, DROPOUT, F32, PRECISION,
     )  # fmt: skip
 
 
