@@ -88,7 +88,9 @@ def test_a_wrong_choice_is_flagged(monkeypatch):
     assert figures["behind"]
     assert figures["auto / best"]["median"] == 0.5
     assert grid.grid_rows({"shapes": {"x": figures}})[0][-1] == "BEHIND"
-    assert not grid.measure_shape(shape, 3)["auto takes"].startswith("dense")
+    untuned = grid.measure_shape(shape, 3)
+    assert untuned["auto takes"].startswith("sdpa")
+    assert not untuned["behind"], "the best is what auto takes: what is left is noise"
 
 
 def test_the_far_are_called_once_and_dense_not_at_all_on_long_problems(monkeypatch):
