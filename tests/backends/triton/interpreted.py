@@ -81,6 +81,7 @@ LAWS = [
     case("laws", ODD & Causal(), batch=2, length=23, visible=(23, 9)),
     case("laws_grouped", Window(4) + Dilated(8, 2), kv_heads=1, length=11, key_length=23, query_start=5),
 ]
+LONG = case("long", longnet([64, 128, 200], [1, 2, 3]) & Causal(), length=300, head_dim=48, kv_heads=1)
 TINY = {"block_m": 16, "block_n": 16, "backward_block_m": 16, "backward_block_n": 16}
 
 
@@ -113,8 +114,8 @@ def plans_of(problem: Problem, pattern) -> list[Plan]:
     return [*found, tile_plan(pattern, problem, (32, 16))]
 
 
-def check_value(small: Case, dtype: torch.dtype, splits: tuple[str, ...]) -> int:
-    """Law 1 and 2 for both kinds of plan; the number of runs."""
+def check_value(small: Case, dtype: torch.dtype, splits: tuple[str, ...], blocks: dict[str, int] = TINY) -> int:
+    """Law 1 and 2 for both kinds of plan, with chosen blocks; the number of runs."""
     problem = small.problem(dtype)
     dout, dlse = cotangents(problem)
     expected = truth(problem, small.pattern, dout, dlse)
@@ -123,7 +124,7 @@ def check_value(small: Case, dtype: torch.dtype, splits: tuple[str, ...]) -> int
     runs = 0
     for plan in plans_of(problem, small.pattern):
         for split in splits if isinstance(plan, StridedPlan) else splits[:1]:
-            backend = TritonBackend(TritonOptions(split=split, **TINY))
+            backend = TritonBackend(TritonOptions(split=split, **blocks))
             assert not backend.reasons_against(problem, plan), backend.reasons_against(problem, plan)
             found = run(backend, problem, plan, dout, dlse)
             name = f"{small.name} {dtype} {type(plan).__name__} {split}"
@@ -149,6 +150,8 @@ def main(names: list[str]) -> dict[str, int]:
             check_packed(backend, "cpu", report)
         elif name == "large_offsets":
             check_large_offsets(backend, "cpu", report)
+        elif name == "default_blocks":
+            done["runs"] += check_value(LONG, torch.float16, ("apart", "auto"), {})
         elif name == "dropout_words":
             done["runs"] += check_dropout_words()
         elif name == "wrong_plan":
