@@ -15,7 +15,9 @@ from dilated_attention_pytorch.errors import InvalidInput
 
 def tune(
     dtypes: Annotated[str, typer.Option(help="Data types, with commas; those that the device is used with.")] = "",
-    head_dims: Annotated[str, typer.Option(help="Head dims, with commas; one serves those up to twice as far.")] = "",
+    head_dims: Annotated[
+        str, typer.Option(help="Head dims, with commas; one serves those within a factor of four.")
+    ] = "",
     lengths: Annotated[str, typer.Option(help="Numbers of keys, with commas, rounded up to powers of two.")] = "",
     patterns: Annotated[str, typer.Option(help="Classes of patterns, with commas: causal, dilated-long, ...")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds for each key; choices go by medians.")] = 5,
@@ -62,7 +64,7 @@ def tune(
     usual_lengths = (128, 1024, 4096) if quick else every_length
     keys = measuring.grid(
         words(dtypes) or (usual[:1] if quick else usual),
-        integers("--head-dims", head_dims) if head_dims else ((64,) if quick else (32, 64, 128)),
+        integers("--head-dims", head_dims) if head_dims else ((64,) if quick else (64, 128)),
         integers("--lengths", lengths) if lengths else usual_lengths,
         words(patterns) or PATTERN_CLASSES,
     )
