@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from unittest import mock
 
 import torch
@@ -22,7 +23,7 @@ GPU_CAPABILITY = (9, 0)
 """The compute capability of the CUDA device that the table speaks of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Feature:
     """A row of the table: a problem that has the feature and nothing else out of the ordinary.
 
@@ -35,6 +36,7 @@ class Feature:
     needs_grad: bool = True
     every_other_row: bool = False
 
+    @lru_cache(maxsize=256)  # noqa: B019  (features are few and live as long as the module)
     def problem(self, device: str) -> Problem:
         """The problem on "cpu", or on a "cuda" that need not be there: its tensors hold nothing."""
         usual = torch.float32 if device == "cpu" else torch.bfloat16
@@ -121,7 +123,7 @@ def support_table() -> str:
         >>> support_table().splitlines()[0].startswith("| feature |")
         True
     """
-    columns = support_columns()
+    columns, forwards = support_columns(), {f.name: replace(f, needs_grad=False) for f in FEATURES}
     notes: list[str] = []
     lines = ["| feature | " + " | ".join(f"{b.name}, {device}" for b, device in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
@@ -129,7 +131,7 @@ def support_table() -> str:
         cells = []
         for backend, device in columns:
             against = support(backend, feature, device)
-            without = support(backend, replace(feature, needs_grad=False), device) if feature.needs_grad else against
+            without = support(backend, forwards[feature.name], device) if against else []
             notes.extend(reason for reason in (without or against) if reason not in notes)
             numbers = ", ".join(str(1 + notes.index(reason)) for reason in without or against)
             cells.append("yes" if not against else f"{'no' if without else 'forward'} ({numbers})")
