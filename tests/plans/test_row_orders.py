@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch.patterns import Causal, Dilated, Documents, Full, Window, longnet
-from dilated_attention_pytorch.plans import TilePlan, tile_plan
+from dilated_attention_pytorch.plans import StridedPlan, TilePlan, candidate_plans, tile_plan
 from dilated_attention_pytorch.plans.base import DensePlan
 from dilated_attention_pytorch.plans.orders import OrderedPlan, RowOrder, ordered_plan, residue_order
 from dilated_attention_pytorch.plans.tiles import visited_tiles
@@ -110,3 +110,13 @@ def test_random_problems_keep_their_counts(seed):
 def test_orders_are_found_among_the_contracts_cases():
     found = sum(residue_order(c.pattern, c.problem(torch.float32), (2, 2)) is not None for c in CASES[:50])
     assert found > 8
+
+
+def test_tables_asked_for_come_in_the_denser_order_first():
+    problem, pattern = problem_of(2048, heads=1), Dilated(2048, 4)
+    kinds = [type(plan) for plan in candidate_plans(pattern, problem, tiles=True)]
+    assert kinds == [StridedPlan, DensePlan, OrderedPlan, TilePlan]
+    longer = problem_of(16384, heads=1)  # in row order too many tiles to be read
+    kinds = [type(plan) for plan in candidate_plans(Dilated(16384, 4), longer, tiles=True)]
+    assert kinds == [StridedPlan, DensePlan, OrderedPlan]
+    assert [type(plan) for plan in candidate_plans(Causal(), problem, tiles=True)][-1] is TilePlan

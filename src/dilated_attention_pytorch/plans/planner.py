@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from dilated_attention_pytorch.patterns import Branch, Documents, Pattern
 from dilated_attention_pytorch.plans.base import DensePlan, Plan
+from dilated_attention_pytorch.plans.orders import ordered_plan
 from dilated_attention_pytorch.plans.pieces import Span, chunk_pieces
 from dilated_attention_pytorch.plans.strided import Chunk, HeadSlice, Piece, StridedPlan
-from dilated_attention_pytorch.plans.tiles import tile_plan
+from dilated_attention_pytorch.plans.tiles import tile_plan, visited_tiles
 from dilated_attention_pytorch.problem import Problem
 
 CHUNK_ROWS = 8192
@@ -33,6 +34,8 @@ MASKED_PAIRS = 1 << 17
 """Up to so many (head, query, key) places a dense plan may come first without having been measured as faster."""
 HELD_PAIRS = 1 << 19
 """Up to so many places a DensePlan holds its log-counts once they were asked for, to be used again."""
+SOON_TILES = 1 << 12
+"""Up to so many tiles are read in row order though another order has fewer (seconds; above, a minute and more)."""
 CALL_PAIRS = 50_000
 """What one call for one piece costs beside its arithmetic, in pairs of one kernel (about 0.1 ms on a CPU core)."""
 
@@ -78,14 +81,20 @@ def candidate_plans(pattern: Pattern, problem: Problem, tiles: bool = False) -> 
         short = _counted_pairs(problem) <= MASKED_PAIRS and dense.issued_pairs(problem) < strided_cost
         plans = (dense, strided) if short else (strided, dense)
     if tiles or strided is None:
-        tiled = tile_plan(pattern, problem)
-        if tiled is not None:
-            plans = (*plans, tiled) if strided is not None or dense.short is not None else (tiled, *plans)
+        made = _tiled(pattern, problem, needed=strided is None)
+        plans = (*plans, *made) if strided is not None or dense.short is not None else (*made, *plans)
     with _lock:
         _cache[key] = plans
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return plans
+
+
+def _tiled(pattern: Pattern, problem: Problem, needed: bool) -> tuple[Plan, ...]:
+    """Tables of tiles: with rows by residue where that is denser, and in row order if ``needed`` or soon made."""
+    ordered = ordered_plan(pattern, problem)
+    soon = ordered is None or needed or visited_tiles(pattern, problem) <= SOON_TILES
+    return tuple(p for p in (ordered, tile_plan(pattern, problem) if soon else None) if p is not None)
 
 
 def dense_plan(pattern: Pattern, problem: Problem) -> DensePlan:
