@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for GPUs that need not be there, in a process of its own: python compiled.py SPEC...
 
-A SPEC is "kernel:target:D", as in "keys_list:sm_90:64", with ":full" behind it for a pattern that is not causal and
-":float32" for another dtype than bfloat16. The arguments are those that the backend itself would launch with. Prints a
-line of JSON for each: registers, spills and instructions.
+A SPEC is "kernel:target:D" and any of the words of `launches` behind it, as in "keys_list:sm_90:64:dropout". The
+arguments are those that the backend itself would launch with, for causal LongNet in bfloat16 unless a word says
+otherwise. Prints a line of JSON for each: registers, spills and instructions.
 """
 
 import json
@@ -19,9 +19,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from dilated_attention_pytorch.backends.triton import TritonBackend, TritonOptions, backend, calls
-from dilated_attention_pytorch.patterns import Causal, longnet
+from dilated_attention_pytorch.patterns import Causal, Documents, Window, longnet
 from dilated_attention_pytorch.plans import StridedPlan, candidate_plans
 from dilated_attention_pytorch.plans.tiles import tile_plan
+from dilated_attention_pytorch.scores import Relative
 from dilated_attention_pytorch.testing.cases import Case
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -48,12 +49,22 @@ class Driver:
         return self.target
 
 
-def launches(head_dim: int, is_causal: bool, dtype: torch.dtype, family: str) -> dict[str, tuple]:
-    """By kernel, the arguments of its launch for a small problem; the forward of one branch is one that carries."""
+def launches(head_dim: int, words: set[str], family: str) -> dict[str, tuple]:
+    """By kernel, the arguments of its launch for a small problem; the forward of one branch is one that carries.
+
+    Words: full (not causal), window, float32, documents, padded, grouped (fewer kv heads), slopes, table, dropout.
+    """
+    assert words <= {"full", "window", "float32", "documents", "padded", "grouped", "slopes", "table", "dropout"}, words
     pattern = longnet([64, 128], [1, 2])
-    pattern = pattern & Causal() if is_causal else pattern
-    problem = Case("", pattern, batch=1, query_length=256, num_heads=2, head_dim=head_dim).problem(dtype)
-    # copies, so that no calls are kept from another target
+    pattern = pattern if "full" in words else pattern & (Window(50) if "window" in words else Causal())
+    pattern = Documents([100, 80]).of(pattern) if "documents" in words else pattern
+    score = Relative(slopes=torch.ones(2)) if "slopes" in words else None
+    score = Relative(table=torch.zeros(2, 9)) if "table" in words else score
+    small = Case("", pattern, batch=1, query_length=250, num_heads=2, head_dim=head_dim, score=score)
+    small = replace(small, kv_heads=1 if "grouped" in words else 2, dropout_p=0.1 if "dropout" in words else 0.0)
+    small = replace(small, visible=(200,) if "padded" in words else None)
+    problem = small.problem(torch.float32 if "float32" in words else torch.bfloat16)
+    # Copies, so that no calls are kept from another target.
     strided = next(replace(p) for p in candidate_plans(pattern, problem) if isinstance(p, StridedPlan))
     found = {}
     backend.run = lambda kernel, _, grid, arguments: found.__setitem__(kernel.fn.__name__, (kernel, grid, arguments))
@@ -122,10 +133,9 @@ def amd_figures(kernel) -> dict[str, object]:
 def main(specs: list[str]) -> list[dict[str, object]]:
     found = []
     for spec in specs:
-        name, target, head_dim, *rest = spec.split(":")
-        dtype = torch.float32 if "float32" in rest else torch.bfloat16
-        family = FAMILIES.get(target, "small")
-        kernel, grid, arguments = launches(int(head_dim), "full" not in rest, dtype, family)[name]
+        name, target, head_dim, *words = spec.split(":")
+        found_here = launches(int(head_dim), set(words), FAMILIES.get(target, "small"))
+        kernel, grid, arguments = found_here[name]
         triton.runtime.driver.set_active(Driver(target))
         made = kernel.warmup(grid=grid, **calls.chosen(kernel, arguments))
         figures = cuda_figures(made) if "cubin" in made.asm else amd_figures(made)

@@ -22,6 +22,7 @@ HOPPER = [
     "forward_branch:sm_90:128",
     "queries_list:sm_90:128",
 ]
+FEATURES = ["forward_list:sm_90:64:documents:padded:grouped:dropout", "keys_list:sm_90:64:window:grouped:slopes"]
 OTHERS = ["forward_list:sm_80:64", "keys_list:sm_80:64", "forward_branch:gfx942:64", "forward_list:gfx942:64"]
 
 
@@ -47,7 +48,7 @@ def check(figures: dict) -> None:
     assert (figures["wgmma"] > 0) == ("sm_90" in figures["spec"]), figures
 
 
-@pytest.mark.parametrize("specs", [HOPPER[:4], HOPPER[4:], OTHERS], ids=["sm_90_forward", "sm_90", "sm_80_gfx942"])
+@pytest.mark.parametrize("specs", [HOPPER[:4], HOPPER[4:], FEATURES, OTHERS])
 def test_kernels_compile_without_spills_in_their_loops(specs, tmp_path):
     found = compile_kernels(specs, tmp_path)
     assert [figures["spec"] for figures in found] == specs

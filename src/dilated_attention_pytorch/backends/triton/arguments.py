@@ -71,9 +71,10 @@ def _relative_arguments(problem: Problem) -> Arguments:
     rule = problem.score
     if not isinstance(rule, Relative):
         return {"RELATIVE": 0, "RELATIVE_TABLE": problem.q, "relative_head": 0, "reach": 0}
-    table = rule.tables[0].to(problem.q.device, torch.float32).contiguous()
+    table = rule.tables[0].to(problem.q.device, torch.float32) * LOG2E
     if rule.slopes is not None:
-        return {"RELATIVE": 1, "RELATIVE_TABLE": table, "relative_head": 1, "reach": 0}
+        return {"RELATIVE": 1, "RELATIVE_TABLE": -table, "relative_head": 1, "reach": 0}
+    table = table.contiguous()
     width = table.shape[1]
     return {
         "RELATIVE": 2,

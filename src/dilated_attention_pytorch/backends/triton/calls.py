@@ -108,7 +108,8 @@ def _launches(problem: Problem, layout: Layout, task: str, options: TritonOption
         return
     for i, part in enumerate(_split(problem, layout, options)):
         for kernel in ("branch", "list") if len(part) == 1 else ("list",):
-            blocks = _blocks(problem, kernel, options)
+            scored = problem.score is not None  # needs registers: more warps share a tile then
+            blocks = _blocks(problem, "list" if scored else kernel, options)
             (launch,) = query_launches(layout, (blocks.block_m, blocks.block_n), [part], carry=i > 0)
             if kernel == "list" or launch.kind == "one":
                 yield launch, blocks

@@ -50,13 +50,15 @@ def store_rows(base, at, stride, held, x, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def relative_logits(i, j, relative, reach, RELATIVE: tl.constexpr):
-    """What a Relative rule adds between query positions i and key positions j; `relative` points at the head's row."""
-    distance = i - j
+    """What a Relative rule adds between query positions i and key positions j.
+
+    `relative` points at the head's numbers: (1) what one token of distance adds, (2) a table from -reach to reach.
+    """
     if RELATIVE == 1:
-        added = tl.load(relative) * -tl.abs(distance).to(tl.float32)
+        added = tl.abs((i - j).to(tl.float32)) * tl.load(relative)
     else:
-        added = tl.load(relative + tl.minimum(tl.maximum(distance, -reach), reach) + reach)
-    return added * LOG2E
+        added = tl.load(relative + tl.minimum(tl.maximum(i - j, -reach), reach) + reach)
+    return added
 
 
 @triton.jit
