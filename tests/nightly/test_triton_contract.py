@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from dilated_attention_pytorch.testing import CASES
 from dilated_attention_pytorch.testing.contract import DTYPES
