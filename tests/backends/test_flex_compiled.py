@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.nn.attention import flex_attention as torch_flex
 
-from dilated_attention_pytorch.backends import SdpaBackend
+from dilated_attention_pytorch.backends import DenseBackend
 from dilated_attention_pytorch.backends.flex import FlexBackend, FlexOptions
 from dilated_attention_pytorch.backends.flex import kernel as module
 from dilated_attention_pytorch.errors import NoBackend
@@ -16,7 +17,7 @@ from dilated_attention_pytorch.plans import DensePlan, tile_plan
 from dilated_attention_pytorch.plans.orders import OrderedPlan, ordered_plan
 from dilated_attention_pytorch.problem import make_problem
 from dilated_attention_pytorch.scores import Relative
-from dilated_attention_pytorch.testing import contract
+from dilated_attention_pytorch.testing import CASES, contract
 from dilated_attention_pytorch.testing.truth import truth
 
 BACKEND = FlexBackend(FlexOptions(compiled=True))
@@ -61,16 +62,11 @@ def test_lengths_and_patterns_recompile_a_handful_of_times(counter):
         problem = problem_of(n, batch=1 + i % 3)
         found = out_of(problem, pattern)
         if n < 100:
-            torch.testing.assert_close(found, SdpaBackend().forward(problem, dense(problem, pattern))[0])
+            torch.testing.assert_close(found, DenseBackend().forward(problem, DensePlan(pattern))[0])
     assert counter.frame_count <= 4
     for n in (9, 100, 300):  # queries at the end of longer keys, as a cache gives them
         out_of(problem_of(n, 400, query_start=400 - n), patterns[2] + Causal())
     assert counter.frame_count <= 5
-
-
-def dense(problem, pattern):
-    counts = DensePlan(pattern).expand(problem)
-    return DensePlan(pattern, counts.to(torch.float32).log())
 
 
 def test_more_variants_than_torch_allows_are_an_error_not_dense_attention(counter):
@@ -112,3 +108,29 @@ def test_one_kernel_serves_patterns_lengths_and_masks():
         assert bool((found[unseen] == 0).all())
     assert orders >= 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+class TrainingOnCpu(FlexBackend):
+    def reasons_against(self, problem, plan):
+        return self.reasons_against_out(problem, plan)
+
+
+def test_gradients_trace_below_autograd_as_they_would_for_a_gpu(monkeypatch):
+    """What the compiler of a GPU would be given, run eagerly: one graph forward and backward, in a custom operator."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    module._compiled.cache_clear()
+    (case,) = (c for c in CASES if c.name == "longnet_causal-grouped_heads")
+    problem, backend = case.problem(torch.float32), TrainingOnCpu(FlexOptions(compiled=True))
+    plan = tile_plan(case.pattern, problem, (8, 8))
+    dout, dlse = contract.cotangents(problem)
+    found = []
+
+    @torch.library.custom_op("dilated_attention_tests::flex_compiled", mutates_args=())
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        found.append(contract.run(backend, problem, plan, dout, dlse))
+        return x.clone()
+
+    inside(torch.zeros(1, requires_grad=True))
+    assert max(found[0].errors(truth(problem, case.pattern, dout, dlse), dout).values()) < 1e-5
+    module._compiled.cache_clear()
