@@ -74,6 +74,8 @@ SMALL = [
     case("last_dim_strided", ODD & Causal(), layout="last_dim_strided"),
     case("expanded", PAPER, batch=2, heads=1, length=17, layout="expanded"),
     case("fused", ODD, heads=4, kv_heads=2, length=17, layout="fused"),
+    case("crossing", longnet([40, 72], [1, 2]), heads=1, length=110),  # tiles cross segments that hold whole blocks
+    case("whole_tiles_twice", Full() + Dilated(64, 1), heads=1, length=70),
     case("head_dim_40", PAPER & Causal(), heads=1, length=20, head_dim=40),
     case("product", Dilated(12, 2) & Dilated(20, 3)),  # no closed form: tables of tiles only
 ]
