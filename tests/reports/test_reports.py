@@ -89,6 +89,12 @@ def test_figures_are_png_files_of_useful_size(tmp_path: Path) -> None:
         assert height > 500
 
 
+def test_columns_of_numbers_stand_right_and_words_left():
+    rows = (("1", "1.5", "can", ""), ("2", "-3", "no: 4", "12"))
+    columns = Table("T", ("n", "figure", "answer", "goal"), rows).to_rich().columns
+    assert [column.justify for column in columns] == ["left", "right", "left", "right"]
+
+
 def test_a_figure_is_drawn_from_its_data(tmp_path: Path) -> None:
     for name, y in (("a", [1.0, 2.0]), ("b", [2.0, 1.0]), ("c", [1.0, 2.0])):
         line_figure(tmp_path / name, "t", "x", "y", [Curve([1, 2], y, "n")])

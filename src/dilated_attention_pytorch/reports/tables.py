@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,10 +13,13 @@ from dilated_attention_pytorch.errors import InvalidInput
 if TYPE_CHECKING:
     import rich.table
 
+_NUMBER = re.compile(r"[-+±~]?\d|$")
+"""What a cell of a column of numbers starts with; it may be empty."""
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under `columns`; the first column is left-aligned, the others right; `note` stands below.
+    """Rows of text under `columns`, those of numbers right-aligned but for the first; `note` stands below.
 
     `strong` numbers the rows to stress. Raises InvalidInput when a row has more or fewer cells than there are columns.
 
@@ -51,7 +55,8 @@ class Table:
             pad_edge=False,
         )
         for index, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="left" if index == 0 else "right")
+            numbers = index > 0 and all(_NUMBER.match(row[index]) for row in self.rows)
+            table.add_column(Text(column), justify="right" if numbers else "left")
         for number, row in enumerate(self.rows):
             table.add_row(*(Text(cell) for cell in row), style="bold" if number in self.strong else None)
         return table
