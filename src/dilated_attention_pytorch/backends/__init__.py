@@ -22,7 +22,7 @@ BACKENDS: tuple[Backend, ...] = (
     XformersBackend(),
     SdpaBackend(),
     DenseBackend(),
-    FlexBackend(),  # compiles for seconds at every new shape: behind dense, unless measured to be faster
+    FlexBackend(),  # eager it holds all logits, compiled it starts slowly: behind dense, unless measured to be faster
 )
 
 __all__ = [
