@@ -90,7 +90,8 @@ def flash_2(calls):
         deterministic,
         rng_state=None,
     ):
-        assert (dropout_p, softcap, alibi_slopes, deterministic, rng_state) == (0.0, 0.0, None, False, None)
+        assert (dropout_p, softcap, alibi_slopes, rng_state) == (0.0, 0.0, None, None)
+        calls.append(deterministic)
         window = (window_size_left, window_size_right)
         return differentiate((dout, q, k, v, out), softmax_lse, (dq, dk, dv), softmax_scale, causal, window)
 
@@ -201,6 +202,7 @@ def flash_4(calls):
         dk=None,
         dv=None,
     ):
+        calls.append(deterministic)
         window = bounds(window_size_left, window_size_right)
         differentiate((dout, q, k, v, out), lse, (dq, dk, dv), softmax_scale, causal, window)
         return dq, dk, dv
@@ -260,7 +262,7 @@ def test_each_generation_keeps_the_laws(install, version, names, dtypes):
     report = check_cases(FlashAttnBackend(FlashAttnOptions(version)), names, dtypes)
     assert report.checked == len(names) * len(dtypes)
     assert not report.refused
-    assert set(calls) == {version}
+    assert set(calls) <= {version, False}
 
 
 @pytest.mark.parametrize(
@@ -281,6 +283,20 @@ def test_the_most_special_generation_is_taken(install, installed, capability, as
     assert against(backend, problem) == []
     backend.forward(problem, plan)
     assert set(calls) == {taken}
+
+
+def test_deterministic_algorithms_are_asked_for(install, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    problem = problem_of()
+    plan = next(p for p in candidate_plans(Causal(), problem) if isinstance(p, StridedPlan))
+    for version in (2, 4):
+        calls, backend = install(version), FlashAttnBackend()
+        out, lse = backend.forward(problem, plan)
+        backend.backward(problem, plan, out, None, out, lse)
+        assert calls == [version, True]
+        del sys.modules[PACKAGES[version][0]]
+    install(3)
+    assert "not deterministic" in against(FlashAttnBackend(FlashAttnOptions(3)), problem)[0]
 
 
 def test_windows_go_to_a_generation_that_takes_them(install):

@@ -42,6 +42,8 @@ def test_cpu(dtype):
         (BF16, 64, (9, 4), {"is_rocm": True}, CudaFlash),
         (BF16, 64, (9, 0), {"shortest": 511}, CudaFlash),
         (BF16, 64, (9, 0), {"bands": True}, CudaFlash),
+        (BF16, 64, (9, 4), {"bands": True, "is_rocm": True}, CudaEfficient),
+        (BF16, 64, (9, 0), {"deterministic": True}, CudaFlash),
         (BF16, 136, (9, 0), {}, CudaFlash),
         (BF16, 256, (9, 0), {}, CudaFlash),
         (F16, 224, (9, 0), {}, CudaFlash),

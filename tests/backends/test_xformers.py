@@ -84,9 +84,9 @@ def install(monkeypatch):
     is_installed.cache_clear()
 
 
-def against(dtype=torch.float16, head_dim=16, device="cpu"):
+def against(dtype=torch.float16, head_dim=16, device="cpu", needs_grad=False):
     q = torch.zeros(1, 64, 2, head_dim, dtype=dtype, device=device)
-    problem = make_problem(q, q, q, scale=0.25, query_start=0)
+    problem = make_problem(q, q, q, scale=0.25, query_start=0, needs_grad=needs_grad)
     return reasons(XformersBackend(), problem, candidate_plans(longnet([16, 32], [1, 2]), problem))[1]
 
 
@@ -110,6 +110,13 @@ def test_reasons(install):
     assert against() == []
     install(capability=None)
     assert "CUDA devices only, not on meta" in against(device="meta")[0]
+
+
+def test_a_deterministic_backward_is_not_promised(install, monkeypatch):
+    install()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert against() == []
+    assert "not deterministic" in against(needs_grad=True)[0]
 
 
 def test_a_package_that_does_not_import_is_a_reason(install, monkeypatch):

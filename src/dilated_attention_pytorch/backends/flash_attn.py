@@ -125,7 +125,7 @@ class FlashAttention2(FlashKernel):
             window_size_right=call.window[1],
             softcap=0.0,
             alibi_slopes=None,
-            deterministic=False,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
             rng_state=None,
         )
 
@@ -174,6 +174,7 @@ class FlashAttention4(FlashKernel):
             lse,
             softmax_scale=call.scale,
             causal=call.is_causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
             dq=dq,
             dk=dk,
             dv=dv,
@@ -264,6 +265,8 @@ def _against(kernel: FlashKernel, problem: Problem, plan: Plan) -> str | None:
     assert isinstance(plan, StridedPlan)
     if not kernel.takes_bands and any(piece.band is not None for chunk in plan.chunks for piece in chunk.pieces):
         return "windows are not passed to it"
+    if kernel.version == 3 and problem.needs_grad and torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic as it is called here"
     try:
         module = import_module(kernel.module)
     except ImportError as error:  # absent, or built for another torch

@@ -91,6 +91,8 @@ class XformersBackend(Backend):
             reasons.append(f"xformers runs on CUDA devices only, not on {problem.q.device.type}; use backend='sdpa'")
         elif dtype == torch.bfloat16 and capability < (8, 0):
             reasons.append("bfloat16 needs a CUDA device of capability 8.0 or later; use float16")
+        if problem.needs_grad and torch.are_deterministic_algorithms_enabled():
+            reasons.append("xformers' backward is not deterministic; use backend='dense', or allow it in torch")
         if not reasons:
             try:
                 import_module("xformers.ops")

@@ -101,6 +101,7 @@ class SdpaBackend(Backend):
                 shortest=min((n for x in pieces for n in (x.queries.length, x.keys.length)), default=CUDNN_ROWS),
                 capability=torch.cuda.get_device_capability(device),
                 is_rocm=torch.version.hip is not None,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
             )
         wanted = self.options.kernel
         if widened and isinstance(choose_kernel(need, wanted), str):

@@ -212,6 +212,7 @@ class Need(NamedTuple):
     shortest: int = CUDNN_ROWS
     capability: tuple[int, int] = (0, 0)
     is_rocm: bool = False
+    deterministic: bool = False
 
 
 def choose_kernel(need: Need, wanted: str = "auto") -> Kernel | str:
@@ -249,6 +250,8 @@ def _against_flash(need: Need) -> str | None:
         return "needs float16 or bfloat16 and a CUDA device of capability 8.0 or later"
     if need.masks:
         return "has no masks"
+    if need.bands and need.is_rocm:
+        return "has windows on NVIDIA's devices only"
     if need.head_dim > 256:
         return f"needs a head_dim of at most 256 ({need.head_dim})"
     if 192 < need.head_dim <= 224 and need.capability not in ((8, 0), (9, 0), (10, 0)):
@@ -259,6 +262,8 @@ def _against_flash(need: Need) -> str | None:
 def _against_cudnn(need: Need) -> str | None:
     if need.is_rocm or need.dtype == torch.float32 or need.capability[0] not in (9, 10):
         return "needs float16 or bfloat16 on a CUDA device of capability 9 or 10"
+    if need.deterministic:
+        return "is not deterministic, which torch.use_deterministic_algorithms asks for"
     if need.masks or need.bands:
         return "is used without masks and windows only"
     if need.head_dim > 128:
