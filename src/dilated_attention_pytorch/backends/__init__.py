@@ -19,8 +19,8 @@ BACKENDS: tuple[Backend, ...] = (
     TritonBackend(),
     NativeBackend(),
     FlashAttnBackend(),
-    XformersBackend(),
     SdpaBackend(),
+    XformersBackend(),
     DenseBackend(),
     FlexBackend(),  # eager it holds all logits, compiled it starts slowly: behind dense, unless measured to be faster
 )
