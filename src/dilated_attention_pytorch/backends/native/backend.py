@@ -1,4 +1,4 @@
-"""Strided and tile plans computed by the C kernel of source/, which reads q, k and v in place and writes each row once."""
+"""Strided and tile plans computed by the C kernel of source/, which reads q, k and v in place."""
 
 from __future__ import annotations
 

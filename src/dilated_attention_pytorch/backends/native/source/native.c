@@ -14,6 +14,16 @@
 #define PUBLIC __attribute__((visibility("default")))
 #endif
 
+/* Under AddressSanitizer the parts of a thread's memory stand apart, with ground between them that must not be read. */
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define GAP 16
+#define FENCE(at) __asan_poison_memory_region(at, 4 * GAP)
+#else
+#define GAP 0
+#define FENCE(at) (void)(at)
+#endif
+
 #define ABI 1
 enum { DONE = 0, NO_MEMORY = 1 };
 
@@ -29,19 +39,20 @@ static int take_work(Work *w, const Problem *c, int is_backward) {
   }
   int64_t sizes[] = {
       d4 * QB, most(d4, v4) * QB, KB * QB, pack_rows * d4, pack_rows * v4, QB, QB, QB, w->slots * 2,
-      c->dtype != F32 && !is_backward && !c->is_tiled ? c->part_rows * c->value_dim : 0,
+      c->dtype != F32 && !is_backward && !c->is_tiled ? least(c->part_rows, c->queries) * c->value_dim : 0,
       is_backward ? v4 * QB : 0, is_backward ? KB * QB : 0, is_backward ? QB * width : 0,
       is_backward ? QB * width_v : 0, is_backward ? pack_rows * width : 0, is_backward ? pack_rows * width_v : 0,
   };
   float **parts[] = {&w->qt, &w->ot, &w->p, &w->k, &w->v, &w->m, &w->l, (float **)&w->at, (float **)&w->tags,
                      &w->state, &w->gt, &w->s, &w->q, &w->g, &w->dk, &w->dv};
   int64_t total = 0;
-  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) total += up(sizes[i], 16);
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) total += up(sizes[i], 16) + GAP;
   if (posix_memalign((void **)&w->memory, 64, (size_t)total * 4 + 64)) return 0;
   float *next = w->memory;
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
     *parts[i] = next;
-    next += up(sizes[i], 16);
+    next += up(sizes[i], 16) + GAP;
+    FENCE(next - GAP);
   }
   w->tag_sample = w->tag_head = -1;
   return 1;
