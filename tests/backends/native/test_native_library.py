@@ -1,4 +1,4 @@
-"""Where the C kernel comes from: built once into a private folder; one sentence says what is wrong when it cannot be."""
+"""Where the C kernel comes from: built once into a private folder; a sentence says what is wrong if it cannot be."""
 
 import ctypes
 import os
