@@ -5,7 +5,7 @@ import torch
 
 from dilated_attention_pytorch.backends import BACKENDS, DenseBackend
 from dilated_attention_pytorch.backends.base import Backend
-from dilated_attention_pytorch.plans import DensePlan
+from dilated_attention_pytorch.plans import DensePlan, OrderedPlan
 from dilated_attention_pytorch.testing import (
     CASES,
     MUTANTS,
@@ -50,7 +50,8 @@ def test_packed_documents_equal_documents_alone(backend: Backend):
     _skip_without_compiler(backend)
     report = ContractReport()
     check_packed(backend, "cpu", report)
-    assert report.checked == 3 * len(backend.plans)
+    assert not report.refused
+    assert report.checked >= 3 * len(set(backend.plans) - {OrderedPlan}), "few documents gain from another order"
 
 
 @pytest.mark.parametrize("backend", HERE, ids=lambda b: b.name)

@@ -391,9 +391,11 @@ def check_packed(backend: Backend, device: torch.device | str, report: ContractR
             continue
         dout, dlse = cotangents(problem)
         for kind in backend.plans:
-            plan, against = plan_of(backend, problem, case.pattern, kind), f"no {kind.__name__} for it"
+            offered = tuple(p for p in plans_for(backend, problem, case.pattern) if isinstance(p, kind))
+            plan, against = reasons(backend, problem, offered)
             if plan is None:
-                report.refused[name] = (against,)
+                if offered:
+                    report.refused[name] = tuple(against)
                 continue
             found = run(backend, problem, plan, dout, dlse)
             _compare_documents(lengths, inner, problem, found, dout, dlse)

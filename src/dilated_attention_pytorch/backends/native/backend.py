@@ -14,9 +14,10 @@ from dilated_attention_pytorch.backends.base import Backend, Gradients, Options
 from dilated_attention_pytorch.backends.native import library
 from dilated_attention_pytorch.backends.native.structs import Array, Lists, NativeProblem
 from dilated_attention_pytorch.backends.native.tables import strided_tables, tiled_tables
+from dilated_attention_pytorch.backends.ordered import backward_in_order, forward_in_order
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.memory import empty
-from dilated_attention_pytorch.plans import Plan, StridedPlan, TilePlan
+from dilated_attention_pytorch.plans import OrderedPlan, Plan, StridedPlan, TilePlan
 from dilated_attention_pytorch.problem import Positions, Problem, positions_tensor
 from dilated_attention_pytorch.scores import Relative
 
@@ -55,7 +56,7 @@ class NativeBackend(Backend):
     """Our own CPU kernel in C: forward goes on from the running (out, lse), so nothing is merged; backward is exact."""
 
     name = "native"
-    plans = (StridedPlan, TilePlan)
+    plans = (StridedPlan, OrderedPlan, TilePlan)
     options_type = NativeOptions
     options: NativeOptions
 
@@ -87,6 +88,8 @@ class NativeBackend(Backend):
         return reasons
 
     def forward(self, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
+        if isinstance(plan, OrderedPlan):
+            return forward_in_order(self, problem, plan)
         p = problem
         out = empty((p.batch, p.query_length, p.num_heads, p.v.shape[3]), p.q.dtype, "cpu")
         lse = empty((p.batch, p.num_heads, p.query_length), torch.float32, "cpu")
@@ -98,6 +101,8 @@ class NativeBackend(Backend):
     def backward(
         self, problem: Problem, plan: Plan, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
+        if isinstance(plan, OrderedPlan):
+            return backward_in_order(self, problem, plan, dout, dlse, out, lse)
         p = problem
         grads = [torch.zeros(x.shape, dtype=torch.float32) for x in (p.q, p.k, p.v)]
         dout, out = _rows(dout), _rows(out)

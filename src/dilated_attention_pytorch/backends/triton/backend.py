@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.backends.base import Backend, Gradients
+from dilated_attention_pytorch.backends.ordered import backward_in_order, forward_in_order
 from dilated_attention_pytorch.backends.triton.arguments import arithmetic, common_arguments, strides, unit_stride
 from dilated_attention_pytorch.backends.triton.calls import calls, run, statistics_call
 from dilated_attention_pytorch.backends.triton.config import TritonOptions, family_of
 from dilated_attention_pytorch.memory import empty
-from dilated_attention_pytorch.plans import Plan, StridedPlan, TilePlan
+from dilated_attention_pytorch.plans import OrderedPlan, Plan, StridedPlan, TilePlan
 from dilated_attention_pytorch.problem import Problem
 from dilated_attention_pytorch.scores import Relative
 
@@ -34,7 +35,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
-    plans = (StridedPlan, TilePlan)
+    plans = (StridedPlan, OrderedPlan, TilePlan)
     options_type = TritonOptions
     options: TritonOptions
 
@@ -83,6 +84,8 @@ class TritonBackend(Backend):
         return reasons
 
     def forward(self, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
+        if isinstance(plan, OrderedPlan):
+            return forward_in_order(self, problem, plan)
         p, common = problem, common_arguments(problem, interpreting())
         out = empty((p.batch, p.query_length, p.num_heads, p.v.shape[3]), p.q.dtype, p.q.device)
         lse = empty((p.batch, p.num_heads, p.query_length), torch.float32, p.q.device)
@@ -93,6 +96,8 @@ class TritonBackend(Backend):
     def backward(
         self, problem: Problem, plan: Plan, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
+        if isinstance(plan, OrderedPlan):
+            return backward_in_order(self, problem, plan, dout, dlse, out, lse)
         p, common = problem, common_arguments(problem, interpreting())
         dout = unit_stride(dout)
         call = statistics_call(p, unit_stride(out), lse, dout, dlse)
