@@ -91,7 +91,7 @@ def test_unknown_names_are_refused():
 
 
 def test_the_order_of_all_backends():
-    """Our own kernels first, then others' on pieces; what compiles for each shape stands behind what can do anything."""
+    """Our own kernels first, then others' on pieces; what may start slowly stands behind what can do anything."""
     names = [b.name for b in BACKENDS]
     assert names == ["triton", "native", "flash_attn", "sdpa", "xformers", "dense", "flex"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch.backends import DenseBackend
-from dilated_attention_pytorch.backends.native import NativeBackend, NativeOptions
+from dilated_attention_pytorch.backends.native import NativeBackend, NativeOptions, library
 from dilated_attention_pytorch.backends.native.tables import strided_tables
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns import Causal, Documents, Full, Window, longnet
@@ -220,3 +220,14 @@ def test_no_work_memory_is_an_error():
     problem = make_problem(x[:, :1], x, x, scale=1.0, query_start=0)
     with pytest.raises(MemoryError, match="work buffers"):
         NativeBackend(NativeOptions(pack_keys=many)).forward(problem, StridedPlan(Full(), ()))
+
+
+def test_the_threads_are_those_of_pytorch(monkeypatch):
+    """Where PyTorch brought GNU's OpenMP, its team does the work; elsewhere threads are started, with the same bits."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    problem, team, found = make(n=600, heads=4), library.thread_team(), []
+    (plan, *_) = candidate_plans(longnet([200, 600], [1, 3]), problem)
+    for given in (team, None):
+        monkeypatch.setattr(library, "thread_team", lambda given=given: given)
+        found.append(NATIVE.forward(problem, plan))
+    assert all(torch.equal(x, y) for x, y in zip(*found))

@@ -157,6 +157,7 @@ class _Call:
             pairs = self._add_tiled(self.plan)
         small = pairs * (n.dim + n.value_dim) < SMALL_WORK
         n.threads = 1 if small else torch.get_num_threads()
+        n.team = library.thread_team()
 
     def _address(self, x: Tensor | np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> int:
         self.held.append(x)

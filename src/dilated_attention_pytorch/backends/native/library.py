@@ -17,9 +17,11 @@ import sys
 import tempfile
 import threading
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import platformdirs
+import torch
 
 from dilated_attention_pytorch.backends.native.structs import check_layout
 
@@ -59,6 +61,20 @@ def load(vector: str = "auto") -> ctypes.CDLL | str:
         if key not in _loaded:
             _loaded[key] = find_or_build(vector, cache_folder())
         return _loaded[key]
+
+
+@cache
+def thread_team() -> int | None:
+    """The address of GOMP_parallel in the OpenMP library that PyTorch brought along, or None where it brought another.
+
+    Its threads wait actively for a while after each of PyTorch's operators, so threads of our own would share cores
+    with them; the same team works without that.
+    """
+    if torch.backends.openmp.is_available():
+        team = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+        if team is not None:
+            return ctypes.cast(team, ctypes.c_void_p).value
+    return None
 
 
 def find_or_build(vector: str, folder: Path) -> ctypes.CDLL | str:

@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 """Of source/native.c; a library of another number is refused."""
 
 _int = ctypes.c_int64
@@ -59,6 +59,7 @@ class NativeProblem(ctypes.Structure):
     """What one call computes; the names are those of the C struct."""
 
     _fields_ = (
+        ("team", _pointer),
         *((name, _int) for name in ("dtype", "batch", "queries", "keys", "heads", "group", "dim", "value_dim")),
         *((name, _int) for name in ("pack_keys", "part_rows", "parts", "threads")),
         ("scale", ctypes.c_double),

@@ -1,6 +1,7 @@
 /* Attention over strided and tile plans on CPUs: forward from a running (out, lse), backward from the global lse.
  *
- * A plain C ABI, called through ctypes. Threads live for one call; all memory is taken before anything is written. */
+ * A plain C ABI, called through ctypes. Threads are the caller's own team, or live for one call; all memory is taken
+ * before anything is written. */
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -24,7 +25,7 @@
 #define FENCE(at) (void)(at)
 #endif
 
-#define ABI 1
+#define ABI 2
 enum { DONE = 0, NO_MEMORY = 1 };
 
 /* Work memory of one thread, 64-byte aligned parts of one block; 0 when there is none left. */
@@ -82,7 +83,20 @@ static void *work_off(void *argument) {
   }
 }
 
-/* All tasks of a wave are done afterwards, by as many threads as could be started beside this one. */
+/* What the members of a team share: each takes the next worker. */
+typedef struct {
+  Worker *workers;
+  int64_t size;
+  atomic_llong next;
+} Members;
+
+static void join_work(void *argument) {
+  Members *members = argument;
+  int64_t i = atomic_fetch_add(&members->next, 1);
+  if (i < members->size) work_off(&members->workers[i]);
+}
+
+/* All tasks of a wave are done afterwards, by the caller's team, or by as many threads as could be started. */
 static void run_wave(const Problem *c, Work *works, Task task, int64_t number, int64_t tasks) {
   Wave wave = {.problem = c, .task = task, .wave = number, .tasks = tasks};
   atomic_init(&wave.next, 0);
@@ -90,6 +104,12 @@ static void run_wave(const Problem *c, Work *works, Task task, int64_t number, i
   pthread_t ids[threads > 0 ? threads : 1];
   Worker workers[threads > 0 ? threads : 1];
   for (int64_t i = 0; i < threads; i++) workers[i] = (Worker){&wave, works + i};
+  if (c->team && threads > 1) {
+    Members members = {.workers = workers, .size = threads};
+    atomic_init(&members.next, 0);
+    c->team(join_work, &members, (unsigned)threads, 0);
+    return;
+  }
   while (started + 1 < threads && pthread_create(&ids[started], NULL, work_off, &workers[started + 1]) == 0) started++;
   if (threads > 0) work_off(&workers[0]);
   for (int64_t i = 0; i < started; i++) pthread_join(ids[i], NULL);

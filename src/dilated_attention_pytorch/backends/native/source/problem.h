@@ -42,7 +42,11 @@ typedef struct {
   int64_t batch, head, width; /* strides of num in blocks; idx and value have width entries for each block */
 } Lists;
 
+/* GOMP_parallel of the OpenMP library that the process holds already: `threads` calls of work(data) at once. */
+typedef void (*Team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
 typedef struct {
+  Team team; /* or NULL: threads are started for the call */
   int64_t dtype, batch, queries, keys, heads, group, dim, value_dim;
   int64_t pack_keys, part_rows, parts, threads;
   double scale;
