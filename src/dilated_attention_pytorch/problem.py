@@ -40,6 +40,16 @@ def positions_tensor(positions: Positions, device: torch.device | str | None = N
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
 
+def positions_end(positions: Positions) -> int:
+    """One past the last position; 0 when there is none.
+
+    Example:
+        >>> positions_end((Run(4, 2, 3), Run(0, 1, 2)))
+        9
+    """
+    return max((run.start + run.step * (run.length - 1) + 1 for run in positions if run.length > 0), default=0)
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """One attention problem. Nothing in it changes after construction; `check_inputs` and `make_problem` fill it.

@@ -119,6 +119,16 @@ class Pattern(ABC):
         return True
 
     @property
+    def varies_by_sample(self) -> bool:
+        """Whether samples of a batch may have different counts: then `count` adds a leading dim."""
+        return False
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is known that no query sees a key at a later position."""
+        return False
+
+    @property
     def period(self) -> int | None:
         """Tokens by which query and key may move together without changing any count, or None."""
         return None
@@ -233,6 +243,10 @@ class _Pair(Pattern):
         return self.left.varies_by_head or self.right.varies_by_head
 
     @property
+    def varies_by_sample(self) -> bool:
+        return self.left.varies_by_sample or self.right.varies_by_sample
+
+    @property
     def period(self) -> int | None:
         left, right = self.left.period, self.right.period
         return None if left is None or right is None else math.lcm(left, right)
@@ -248,6 +262,10 @@ class _Pair(Pattern):
 @dataclass(frozen=True)
 class And(_Pair):
     """The product of two patterns: ``a & b``."""
+
+    @property
+    def is_causal(self) -> bool:
+        return self.left.is_causal or self.right.is_causal
 
     def count(self, head: Index, num_heads: int, q: Index, k: Index) -> Index:
         return self.left.count(head, num_heads, q, k) * self.right.count(head, num_heads, q, k)
@@ -270,6 +288,10 @@ class And(_Pair):
 @dataclass(frozen=True)
 class Sum(_Pair):
     """The sum of two patterns, counts added: ``a + b``."""
+
+    @property
+    def is_causal(self) -> bool:
+        return self.left.is_causal and self.right.is_causal
 
     def count(self, head: Index, num_heads: int, q: Index, k: Index) -> Index:
         return self.left.count(head, num_heads, q, k) + self.right.count(head, num_heads, q, k)

@@ -95,6 +95,10 @@ class Documents(Pattern):
         return (Branch(documents=self),)
 
     @property
+    def varies_by_sample(self) -> bool:
+        return self.lengths.dim() > 1 and self.lengths.shape[0] > 1
+
+    @property
     def varies_by_head(self) -> bool:
         return False
 
@@ -150,6 +154,14 @@ class Packed(Pattern):
             return None
         documents = self.documents
         return tuple(replace(b, documents=documents) for b in inner)
+
+    @property
+    def varies_by_sample(self) -> bool:
+        return self.documents.varies_by_sample or self.inner.varies_by_sample
+
+    @property
+    def is_causal(self) -> bool:
+        return self.inner.is_causal
 
     @property
     def varies_by_head(self) -> bool:

@@ -50,6 +50,10 @@ class Causal(_ByDistance):
         (1, 0)
     """
 
+    @property
+    def is_causal(self) -> bool:
+        return True
+
     def count(self, head: Index, num_heads: int, q: Index, k: Index) -> Index:
         return (q >= k) * 1
 

@@ -185,7 +185,7 @@ def _order(pattern: Pattern, problem: Problem, modulus: int, period: int | None)
     starts = {0}
     for part in _parts(pattern):
         if isinstance(part, Packed):
-            if part.lengths.dim() > 1 and part.lengths.shape[0] > 1:
+            if part.documents.varies_by_sample:
                 return None
             starts.update(part.documents.bounds(torch.device("cpu")).flatten().tolist())
     (q,), (k,) = problem.query_positions, problem.key_positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections import OrderedDict
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
+
+from torch import Tensor
 
 from dilated_attention_pytorch.patterns import Branch, Documents, Pattern
 from dilated_attention_pytorch.plans.base import DensePlan, Plan
@@ -62,7 +65,7 @@ def candidate_plans(pattern: Pattern, problem: Problem, tiles: bool = False) -> 
         str(problem.q.device),
         problem.accumulate_dtype,
         pattern.text(),
-        tuple(str(t.tolist()) for t in pattern.tables),
+        tuple(map(_digest, pattern.tables)),
         (problem.batch, problem.num_heads),
         problem.query_positions,
         problem.key_positions,
@@ -88,6 +91,12 @@ def candidate_plans(pattern: Pattern, problem: Problem, tiles: bool = False) -> 
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return plans
+
+
+def _digest(table: Tensor) -> tuple[object, ...]:
+    """What tells tables apart: shape, dtype and a hash of the numbers."""
+    numbers = hashlib.blake2b(table.detach().cpu().contiguous().numpy().data, digest_size=16).digest()
+    return tuple(table.shape), table.dtype, numbers
 
 
 def _tiled(pattern: Pattern, problem: Problem, needed: bool) -> tuple[Plan, ...]:

@@ -174,7 +174,7 @@ def visited_tiles(pattern: Pattern, problem: Problem, block_size: tuple[int, int
 def _reader(pattern: Pattern, problem: Problem) -> tuple[_Reader, int, int]:
     """A reader of the counts, and how many samples and heads tables need."""
     q_at, k_at = positions_tensor(problem.query_positions), positions_tensor(problem.key_positions)
-    batched = problem.key_lengths is not None or any(t.dim() > 1 and t.shape[0] > 1 for t in pattern.tables)
+    batched = problem.key_lengths is not None or pattern.varies_by_sample
     samples, heads = problem.batch if batched else 1, problem.num_heads if pattern.varies_by_head else 1
     return _Reader(pattern, problem, q_at, k_at), samples, heads
 

@@ -18,7 +18,7 @@ from dilated_attention_pytorch.backends.ordered import backward_in_order, forwar
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.memory import empty
 from dilated_attention_pytorch.plans import OrderedPlan, Plan, StridedPlan, TilePlan
-from dilated_attention_pytorch.problem import Positions, Problem, positions_tensor
+from dilated_attention_pytorch.problem import Problem, positions_end, positions_tensor
 from dilated_attention_pytorch.scores import Relative
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -83,7 +83,7 @@ class NativeBackend(Backend):
             reasons.append("the C kernel takes no bias and gives no gradient of one; use backend='dense'")
         if p.score is not None and not isinstance(p.score, Relative):
             reasons.append(f"the C kernel has no {type(p.score).__name__} score, only Relative; use backend='dense'")
-        if p.score is not None and max(_end(p.query_positions), _end(p.key_positions)) >= 2**31:
+        if p.score is not None and max(positions_end(p.query_positions), positions_end(p.key_positions)) >= 2**31:
             reasons.append("with a score, positions must be below 2^31; use backend='dense'")
         return reasons
 
@@ -117,10 +117,6 @@ class NativeBackend(Backend):
         n.dq, n.dk, n.dv = (Array.of_rows(x) for x in grads)
         call.run("da_backward")
         return Gradients(*(x.to(p.q.dtype) for x in grads))
-
-
-def _end(positions: Positions) -> int:
-    return max((run.start + run.step * run.length for run in positions), default=0)
 
 
 def _rows(x: Tensor) -> Tensor:

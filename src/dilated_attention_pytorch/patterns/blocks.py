@@ -1,0 +1,122 @@
+"""Patterns from tables: how often each block of queries sees each block of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.patterns.base import Block, Index, Pattern
+from dilated_attention_pytorch.problem import Problem, positions_end
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSparse(Pattern):
+    """Blocks of queries see blocks of keys as often as a table says.
+
+    ``block_size`` (tokens) is that of both sides, or (queries, keys). ``layout`` is a table of bool or counts, (Q, K)
+    for all heads, (H, Q, K), or (B, H, Q, K): query position i stands in row ``i // block_size`` and key position j in
+    column ``j // block_size``. An empty row is legal: its queries see nothing.
+
+    Raises InvalidInput for a table of another shape or dtype; `attend` raises it for one too small for the positions.
+
+    Example:
+        >>> print(BlockSparse(2, torch.tensor([[True, False], [True, True]])).draw(4))
+        11··
+        11··
+        1111
+        1111
+    """
+
+    block_size: tuple[int, int]
+    layout: Tensor
+
+    def __init__(self, block_size: int | tuple[int, int], layout: Tensor) -> None:
+        sizes = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+        if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+            raise InvalidInput(f"BlockSparse: expected a block_size of at least 1 token, or two. Got {block_size!r}.")
+        if not isinstance(layout, Tensor):
+            raise InvalidInput(f"BlockSparse: expected layout to be a tensor. Got {type(layout).__name__}.")
+        if layout.is_floating_point() or layout.is_complex() or layout.dim() not in (2, 3, 4) or 0 in layout.shape:
+            raise InvalidInput(
+                "BlockSparse: expected a layout of bool or integer counts, of shape (Q, K), (H, Q, K) or (B, H, Q, K), "
+                f"at least one block. Got {layout.dtype} of shape {tuple(layout.shape)}."
+            )
+        object.__setattr__(self, "block_size", tuple(sizes))
+        object.__setattr__(self, "layout", layout.to(torch.uint8) if layout.dtype == torch.bool else layout)
+
+    def count(self, head: Index, num_heads: int, q: Index, k: Index) -> Index:
+        row, column = (torch.as_tensor(x) // size for x, size in zip((q, k), self.block_size))
+        return self._cells(self.layout.to(row.device), torch.as_tensor(head), row, column)
+
+    def _cells(self, table: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """The counts of cells, 0 past the table's edges, int64; a batch of tables adds a leading dim."""
+        rows, columns = table.shape[-2:]
+        inside = (row < rows) & (column < columns)
+        row, column = row.clamp(max=rows - 1), column.clamp(max=columns - 1)
+        if table.dim() == 2:
+            return table[row, column] * inside.long()
+        head = head.to(row.device).clamp(max=table.shape[-3] - 1)
+        found = table[..., head, row, column] * inside.long()
+        if table.dim() == 3:
+            return found
+        return found.view(table.shape[0], *([1] * (4 - found.dim())), *found.shape[1:])
+
+    @property
+    def varies_by_head(self) -> bool:
+        return self.layout.dim() > 2 and self.layout.shape[-3] > 1
+
+    @property
+    def varies_by_sample(self) -> bool:
+        return self.layout.dim() > 3 and self.layout.shape[0] > 1
+
+    def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
+        (top, bottom), (left, right) = (
+            (side.low // size, side.high // size) for side, size in zip((q, k), self.block_size)
+        )
+        if bool(((top == bottom) & (left == right)).all()):
+            count = self._cells(self.layout.to(top.device), head, top, left)
+            return count, count
+        area = (bottom - top + 1) * (right - left + 1)
+        seen, most = (self._area_sum(sums.to(top.device), head, top, bottom, left, right) for sums in self._sums)
+        greatest = int(self.layout.max())
+        return torch.where(most == area, greatest, (seen == area).long()), (seen > 0) * greatest
+
+    def _area_sum(self, sums: Tensor, head: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        rows, columns = (n - 1 for n in sums.shape[-2:])
+        top, bottom = top.clamp(max=rows), (bottom + 1).clamp(max=rows)
+        left, right = left.clamp(max=columns), (right + 1).clamp(max=columns)
+        corners = ((bottom, right), (top, right), (bottom, left), (top, left))
+        a, b, c, d = (self._cells(sums, head, row, column) for row, column in corners)
+        return a - b - c + d
+
+    @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Cells above 0, and cells of the greatest count, summed over all rows and columns before each corner."""
+        greatest = self.layout.max()
+        return tuple(
+            torch.nn.functional.pad(cells.cumsum(-1, dtype=torch.int32).cumsum(-2, dtype=torch.int32), (1, 0, 1, 0))
+            for cells in (self.layout > 0, (self.layout == greatest) & (self.layout > 0))
+        )  # type: ignore[return-value]
+
+    def check(self, problem: Problem) -> None:
+        """Raise InvalidInput unless the table has a row and a column for every position, and fits heads and batch."""
+        shape, sizes = self.layout.shape, self.block_size
+        sides = ((problem.query_positions, "rows"), (problem.key_positions, "columns"))
+        for (positions, name), held, size in zip(sides, shape[-2:], sizes):
+            end = positions_end(positions)
+            wanted = -(-end // size)
+            if held < wanted:
+                raise InvalidInput(
+                    f"BlockSparse: positions up to {end - 1} in blocks of {size} need {wanted} {name}, "
+                    f"the layout has {held}; its shape is {tuple(shape)}. Build it for the whole length."
+                )
+        if len(shape) > 2 and shape[-3] not in (1, problem.num_heads):
+            raise InvalidInput(f"BlockSparse: the layout is for {shape[-3]} heads, q has {problem.num_heads}.")
+        if len(shape) > 3 and shape[0] not in (1, problem.batch):
+            raise InvalidInput(f"BlockSparse: the layout is for {shape[0]} samples, q has {problem.batch}.")
+        if self.layout.dtype != torch.uint8 and self.layout.device.type != "meta" and bool((self.layout < 0).any()):
+            raise InvalidInput(f"BlockSparse: expected counts >= 0. Got {int(self.layout.min())}.")
