@@ -4,6 +4,16 @@ from dilated_attention_pytorch.patterns.base import Branch, Pattern, pattern_fro
 from dilated_attention_pytorch.patterns.blocks import BlockSparse
 from dilated_attention_pytorch.patterns.dilated import Dilated, longnet
 from dilated_attention_pytorch.patterns.documents import Documents
+from dilated_attention_pytorch.patterns.layouts import (
+    axial,
+    dilated_sparse,
+    global_local,
+    hierarchical,
+    hybrid,
+    local_window,
+    random_blocks,
+    strided,
+)
 from dilated_attention_pytorch.patterns.simple import Causal, Full, Window
 
 __all__ = [
@@ -15,6 +25,14 @@ __all__ = [
     "Full",
     "Pattern",
     "Window",
+    "axial",
+    "dilated_sparse",
+    "global_local",
+    "hierarchical",
+    "hybrid",
+    "local_window",
     "longnet",
     "pattern_from_text",
+    "random_blocks",
+    "strided",
 ]

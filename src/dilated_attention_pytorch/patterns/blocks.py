@@ -66,6 +66,16 @@ class BlockSparse(Pattern):
         return found.view(table.shape[0], *([1] * (4 - found.dim())), *found.shape[1:])
 
     @property
+    def density(self) -> float:
+        """Share of the table's blocks whose count is not 0.
+
+        Example:
+            >>> BlockSparse(2, torch.tensor([[True, False], [True, True]])).density
+            0.75
+        """
+        return int(self.layout.count_nonzero()) / self.layout.numel()
+
+    @property
     def varies_by_head(self) -> bool:
         return self.layout.dim() > 2 and self.layout.shape[-3] > 1
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns.base import UNBOUNDED, Block, Branch, Index, Pattern
-from dilated_attention_pytorch.problem import Problem
+from dilated_attention_pytorch.problem import Problem, Run, positions_end
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,4 +175,11 @@ class Packed(Pattern):
 
     def check(self, problem: Problem) -> None:
         self.documents.check(problem)
-        self.inner.check(problem)
+        if self.lengths.device.type == "meta":
+            self.inner.check(problem)
+            return
+        longest = int(self.lengths.max())  # the inner pattern meets no place beyond it
+        queries, keys = (
+            (Run(0, 1, min(positions_end(at), longest)),) for at in (problem.query_positions, problem.key_positions)
+        )
+        self.inner.check(replace(problem, query_positions=queries, key_positions=keys))
