@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.base import bias_from_mask, check_dropout, check_op, dense_weights
-from dilated_attention_pytorch.nn.cache import LayerCache
-from dilated_attention_pytorch.nn.positions import Rotation, alibi_slopes, make_positions, rotate
-from dilated_attention_pytorch.patterns import Causal, Documents, Pattern, longnet
-from dilated_attention_pytorch.scores import Relative, Score
+from dilated_attention_pytorch.nn.base import PatternAttention
+from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
+from dilated_attention_pytorch.patterns import Causal, Pattern, longnet
+from dilated_attention_pytorch.scores import Score
 
 
-class DilatedAttention(nn.Module):
+class DilatedAttention(PatternAttention):
     """Dilated attention of ready-made heads, without parameters (LongNet, arXiv 2307.02486, section 2).
 
     ``segment_lengths`` (tokens) and ``dilation_rates`` are equally long lists of branches; ``pattern`` replaces both.
@@ -47,75 +43,22 @@ class DilatedAttention(nn.Module):
         pattern: Pattern | None = None,
         score: Score | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(softmax_scale, attention_dropout, op, score)
         self.pattern = _choose_pattern(segment_lengths, dilation_rates, pattern, head_offset, head_groups)
         self.causal_pattern = self.pattern & Causal()
         self.segment_lengths = None if segment_lengths is None else tuple(segment_lengths)
         self.dilation_rates = None if dilation_rates is None else tuple(dilation_rates)
-        self.softmax_scale = softmax_scale
-        self.attention_dropout = check_dropout("attention_dropout", attention_dropout)
-        self.backend = check_op(op)
-        self.score = score
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        is_causal: bool = False,
-        attention_mask: Tensor | None = None,
-        *,
-        key_padding_mask: Tensor | None = None,
-        query_start: int | None = None,
-        documents: Documents | None = None,
-        need_weights: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention (B, Nq, H, Dv) of ``query (B, Nq, H, D)`` over ``key (B, Nk, Hkv, D)``, ``value (B, Nk, Hkv, Dv)``.
-
-        ``attention_mask`` broadcasts to (B, H, Nq, Nk) as in F.scaled_dot_product_attention: True takes part, floats
-        are added. ``key_padding_mask (B, Nk)``: True is padding, on the right. ``query_start`` is the position of the
-        first query; None makes queries the last rows. The pattern restarts in each of ``documents``. With
-        ``need_weights`` also the weights (B, H, Nq, Nk), without dropout, in O(Nq Nk) memory.
-        """
-        pattern = self.causal_pattern if is_causal else self.pattern
-        if documents is not None:
-            pattern = documents.of(pattern)
-        bias = None
-        if attention_mask is not None:
-            bias = bias_from_mask("attention_mask", attention_mask, query, true_takes_part=True)
-        out = attend(
-            query,
-            key,
-            value,
-            pattern,
-            scale=self.softmax_scale,
-            bias=bias,
-            score=self.score,
-            key_padding_mask=key_padding_mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            query_start=query_start,
-            backend=self.backend,
-        )
-        if not need_weights:
-            return out  # type: ignore[no-any-return]
-        weights = dense_weights(
-            query,
-            key,
-            pattern,
-            scale=self.softmax_scale,
-            bias=bias,
-            score=self.score,
-            key_padding_mask=key_padding_mask,
-            query_start=query_start,
-        )
-        return out, weights
+    def choose_pattern(self, query: Tensor, key: Tensor, is_causal: bool, query_start: int | None) -> Pattern:
+        """The branches, causal on request."""
+        return self.causal_pattern if is_causal else self.pattern
 
     def extra_repr(self) -> str:
         """The pattern and the options."""
         return f"{self.pattern.text()}, attention_dropout={self.attention_dropout}, backend={self.backend!r}"
 
 
-class MultiheadDilatedAttention(nn.Module):
+class MultiheadDilatedAttention(MultiheadPatternAttention):
     """Projections, dilated attention, sub-LayerNorm and output projection: a drop-in for nn.MultiheadAttention.
 
     Mind the order of 0.2: ``dilation_rates`` come before ``segment_lengths``. ``pattern`` replaces both. ``layer_norm``
@@ -154,18 +97,12 @@ class MultiheadDilatedAttention(nn.Module):
         head_groups: bool = False,
         pattern: Pattern | None = None,
     ) -> None:
-        super().__init__()
-        self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.head_dim = _check_heads(embed_dim, num_heads, self.num_kv_heads)
-        self.gamma_init, self.position = gamma_init, position
         if pattern is None and head_groups and segment_lengths is not None and num_heads < len(segment_lengths):
             raise InvalidInput(
                 f"head_groups deals {num_heads} heads out among {len(segment_lengths)} branches: expected at least as "
                 "many heads. Use more heads, fewer branches, or head_groups=False."
             )
-        self.positions = make_positions(position, self.head_dim, segment_lengths)
-        self.attention = DilatedAttention(
+        attention = DilatedAttention(
             segment_lengths,
             dilation_rates,
             attention_dropout=dropout,
@@ -173,169 +110,20 @@ class MultiheadDilatedAttention(nn.Module):
             head_offset=head_offset,
             head_groups=head_groups,
             pattern=pattern,
-            score=Relative(slopes=alibi_slopes(num_heads)) if position == "alibi" else None,
         )
-        self.kv_dim = self.num_kv_heads * self.head_dim
-        self.qkv_proj = nn.Linear(embed_dim, embed_dim + 2 * self.kv_dim, bias=bias, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype) if layer_norm else None
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all weights anew, as MAGNETO starts them."""
-        query, key, value = self.qkv_proj.weight.split((self.embed_dim, self.kv_dim, self.kv_dim))
-        nn.init.xavier_normal_(query)
-        nn.init.xavier_normal_(key)
-        nn.init.xavier_normal_(value, gain=self.gamma_init)
-        nn.init.xavier_normal_(self.out_proj.weight, gain=self.gamma_init)
-        for linear in (self.qkv_proj, self.out_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        if self.norm is not None:
-            self.norm.reset_parameters()
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        average_attn_weights: bool = True,
-        *,
-        position_ids: Tensor | None = None,
-        rotation: Rotation | None = None,
-        query_start: int | None = None,
-        documents: Documents | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The layer's output (B, Nq, E) for ``query (B, Nq, E)``, ``key`` and ``value (B, Nk, E)``; None is the query.
-
-        ``key_padding_mask (B, Nk)``: True is padding, on the right. ``attn_mask`` as in nn.MultiheadAttention: (Nq,
-        Nk) or (B*H, Nq, Nk), True is NOT allowed, floats are added. With ``need_weights``: (output, weights), the
-        exact normalised weights (B, Nq, Nk), or (B, H, Nq, Nk) when not averaged over heads; without dropout, O(Nq Nk)
-        memory.
-
-        ``position_ids`` (N,) or (B, N) place the rows for rotary and xPos (self-attention only; default: in order);
-        ``rotation`` is a ready table from ``positions.table``, shared by the layers of a model. ``query_start`` is the
-        row of the first query among the keys; None makes queries the last rows. Pattern and positions restart in each
-        of ``documents``, so that a packed sample equals the sample alone. ``cache`` is read, and keeps the new keys and
-        values: self-attention under torch.no_grad().
-
-        Raises InvalidInput for shapes, dtypes and options that do not fit; nothing is cached then.
-        """
-        is_self = (key is None or key is query) and (value is None or value is query)
-        key, value = query if key is None else key, query if value is None else value
-        self._check_rows(query=query, key=key, value=value)
-        self._check_placing(is_self, position_ids, rotation, documents)
-        if cache is not None:
-            _check_cached(is_self, key_padding_mask, query_start, documents)
-        q, k, v = self._project(query, key, value, is_self)
-        past = 0 if cache is None else cache.length
-        first = past + k.shape[1] - q.shape[1] if query_start is None else query_start
-        if self.positions is not None:
-            if rotation is None:
-                rotation = self._rotation(q, k, max(first, 0), past, position_ids, documents)
-            q, k = rotate(q, rotation.query_cos, rotation.query_sin), rotate(k, rotation.key_cos, rotation.key_sin)
-        bias = None if attn_mask is None else self._bias(attn_mask, q, past + k.shape[1])
-        if cache is not None:
-            k, v = cache.append(k, v)
-        out = self.attention(
-            q,
-            k,
-            v,
-            is_causal,
-            bias,
-            key_padding_mask=key_padding_mask,
-            query_start=query_start,
-            documents=documents,
-            need_weights=need_weights,
-        )
-        if need_weights:
-            out, weights = out
-            return self._finish(out), weights.mean(1) if average_attn_weights else weights
-        return self._finish(out)
-
-    def extra_repr(self) -> str:
-        """The options that the sub-modules do not show."""
-        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, position={self.position!r}"
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads of queries, keys and values, (B, N, H or Hkv, D); one matrix product in self-attention."""
-        sizes = (self.embed_dim, self.kv_dim, self.kv_dim)
-        if is_self:
-            q, k, v = self.qkv_proj(query).split(sizes, -1)
-        else:
-            weights = self.qkv_proj.weight.split(sizes)
-            biases = (None, None, None) if self.qkv_proj.bias is None else self.qkv_proj.bias.split(sizes)
-            q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
-        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))  # type: ignore[return-value]
-
-    def _rotation(
-        self,
-        q: Tensor,
-        k: Tensor,
-        first: int,
-        past: int,
-        position_ids: Tensor | None,
-        documents: Documents | None,
-    ) -> Rotation:
-        """The table of these rows; ``first`` and ``past`` are the rows of the first query and of the first key."""
-        assert self.positions is not None
-        table = partial(self.positions.table, documents=documents, dtype=q.dtype, device=q.device)
-        of_keys = table(k.shape[1], start=past, position_ids=position_ids)
-        if first == past and q.shape[1] == k.shape[1]:
-            return of_keys
-        return Rotation(*table(q.shape[1], start=first)[:2], *of_keys[2:])
-
-    def _bias(self, attn_mask: Tensor, q: Tensor, key_length: int) -> Tensor:
-        batch, query_length, heads, _ = q.shape
-        full = (batch * heads, query_length, key_length)
-        if tuple(attn_mask.shape) not in (full, full[1:]):
-            raise InvalidInput(
-                f"expected attn_mask of shape (Nq, Nk) = {full[1:]} or (B*H, Nq, Nk) = {full}. "
-                f"Got {tuple(attn_mask.shape)}."
-            )
-        bias = bias_from_mask("attn_mask", attn_mask, q, true_takes_part=False)
-        return bias if bias.dim() == 2 else bias.view(batch, heads, query_length, key_length)
-
-    def _finish(self, heads: Tensor) -> Tensor:
-        x = heads.flatten(2)  # (B, Nq, E)
-        return self.out_proj(x if self.norm is None else self.norm(x))  # type: ignore[no-any-return]
-
-    def _check_rows(self, **tensors: Tensor) -> None:
-        for name, x in tensors.items():
-            if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.embed_dim:
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise InvalidInput(
-                    f"expected {name} of shape (B, N, embed_dim = {self.embed_dim}). Got {got}; "
-                    "a single sample needs a batch dim: x[None]."
-                )
-
-    def _check_placing(
-        self, is_self: bool, position_ids: Tensor | None, rotation: Rotation | None, documents: Documents | None
-    ) -> None:
-        if (position_ids is not None or rotation is not None) and self.positions is None:
-            raise InvalidInput(
-                f"position={self.position!r} has no use for position_ids or rotation; leave them out, or build the "
-                "layer with position='rotary'."
-            )
-        if position_ids is not None and (not is_self or rotation is not None):
-            raise InvalidInput("position_ids place the rows of self-attention: leave out key, value and rotation.")
-        if documents is not None and not is_self:
-            raise InvalidInput("documents are those of self-attention: leave out key and value.")
-
-
-def _check_cached(
-    is_self: bool, key_padding_mask: Tensor | None, query_start: int | None, documents: Documents | None
-) -> None:
-    if not is_self or query_start is not None:
-        raise InvalidInput("a cache serves self-attention: leave out key, value and query_start.")
-    if key_padding_mask is not None or documents is not None:
-        raise InvalidInput(
-            "padding and documents would lie between cached rows: leave out key_padding_mask and documents, or cache."
+        super().__init__(
+            embed_dim,
+            num_heads,
+            attention,
+            bias=bias,
+            layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
+            gamma_init=gamma_init,
+            device=device,
+            dtype=dtype,
+            num_kv_heads=num_kv_heads,
+            position=position,
+            segment_lengths=segment_lengths,
         )
 
 
@@ -357,19 +145,3 @@ def _choose_pattern(
     if segment_lengths is None or dilation_rates is None:
         raise InvalidInput("expected segment_lengths and dilation_rates, or pattern=. Got neither in full.")
     return longnet(segment_lengths, dilation_rates, head_offset=head_offset, head_groups=head_groups)
-
-
-def _check_heads(embed_dim: int, num_heads: int, num_kv_heads: int) -> int:
-    if num_heads < 1 or embed_dim < 1 or num_kv_heads < 1:
-        raise InvalidInput(
-            "expected embed_dim, num_heads and num_kv_heads of at least 1. "
-            f"Got {embed_dim}, {num_heads} and {num_kv_heads}."
-        )
-    if embed_dim % num_heads != 0:
-        raise InvalidInput(
-            f"embed_dim ({embed_dim}) must be divisible by num_heads ({num_heads}). "
-            f"Got head_dim={embed_dim / num_heads:.2f}"
-        )
-    if num_heads % num_kv_heads != 0:
-        raise InvalidInput(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads}).")
-    return embed_dim // num_heads

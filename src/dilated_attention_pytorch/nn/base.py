@@ -1,16 +1,88 @@
-"""What the attention layers share: masks as biases, the choice of backend, and attention weights as a dense tensor."""
+"""What the attention layers share: attention of heads under a pattern, masks as biases, weights as a dense tensor."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.backends import check_backend_name
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.patterns import Pattern
+from dilated_attention_pytorch.patterns import Documents, Pattern
+from dilated_attention_pytorch.scores import Score
+
+
+class PatternAttention(nn.Module):
+    """Attention of ready-made heads; which pattern a call has is the subclass's choice.
+
+    ``softmax_scale`` None is 1/sqrt(D). ``attention_dropout`` acts in training mode only. ``op`` names a backend of
+    `attend`; None picks one. Raises InvalidInput for a probability out of range, or an ``op`` that is no name.
+    """
+
+    def __init__(
+        self, softmax_scale: float | None, attention_dropout: float, op: str | None, score: Score | None
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self.attention_dropout = check_dropout("attention_dropout", attention_dropout)
+        self.backend = check_op(op)
+        self.score = score
+
+    def choose_pattern(self, query: Tensor, key: Tensor, is_causal: bool, query_start: int | None) -> Pattern:
+        """The pattern of a call, before documents restart it."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        attention_mask: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        query_start: int | None = None,
+        documents: Documents | None = None,
+        need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention (B, Nq, H, Dv) of ``query (B, Nq, H, D)`` over ``key (B, Nk, Hkv, D)``, ``value (B, Nk, Hkv, Dv)``.
+
+        ``attention_mask`` broadcasts to (B, H, Nq, Nk) as in F.scaled_dot_product_attention: True takes part, floats
+        are added. ``key_padding_mask (B, Nk)``: True is padding, on the right. ``query_start`` is the position of the
+        first query; None makes queries the last rows. The pattern restarts in each of ``documents``. With
+        ``need_weights`` also the weights (B, H, Nq, Nk), without dropout, in O(Nq Nk) memory.
+        """
+        pattern = self.choose_pattern(query, key, is_causal, query_start)
+        if documents is not None:
+            pattern = documents.of(pattern)
+        return self._attend(query, key, value, pattern, attention_mask, key_padding_mask, query_start, need_weights)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pattern: Pattern,
+        attention_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        query_start: int | None,
+        need_weights: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        bias = None
+        if attention_mask is not None:
+            bias = bias_from_mask("attention_mask", attention_mask, query, true_takes_part=True)
+        options: dict[str, Any] = {
+            "scale": self.softmax_scale,
+            "bias": bias,
+            "score": self.score,
+            "key_padding_mask": key_padding_mask,
+            "query_start": query_start,
+        }
+        dropout_p = self.attention_dropout if self.training else 0.0
+        out: Tensor = attend(query, key, value, pattern, dropout_p=dropout_p, backend=self.backend, **options)
+        return (out, dense_weights(query, key, pattern, **options)) if need_weights else out
 
 
 def check_op(op: object) -> str:
