@@ -72,14 +72,14 @@ def speed_runs(case: Case, thread_count: int) -> dict[str, Callable[[], object]]
     }
     here = [name for name in SPEED_BACKENDS if absent(name) is None]
     for name in here:
-        runs[f"{name} forward"] = _forward_run(q, k, v, pattern, name)
-        runs[f"{name} both"] = _training_run(q, k, v, dout, pattern, name)
+        runs[f"{name} forward"] = forward_run(q, k, v, pattern, name)
+        runs[f"{name} both"] = training_run(q, k, v, dout, pattern, name)
         if thread_count > 1:
             runs[f"{name} one thread"] = _on_threads(1, runs[f"{name} forward"])
     if "native" in here:
         runs["causal pieces"] = ready_made_pieces(case, False, is_causal=True)
-        runs["native causal"] = _forward_run(q, k, v, pattern & Causal(), "native")
-        runs["native bfloat16"] = _forward_run(q.bfloat16(), k.bfloat16(), v.bfloat16(), pattern, "native")
+        runs["native causal"] = forward_run(q, k, v, pattern & Causal(), "native")
+        runs["native bfloat16"] = forward_run(q.bfloat16(), k.bfloat16(), v.bfloat16(), pattern, "native")
     return runs
 
 
@@ -124,7 +124,9 @@ def _on_threads(count: int, run: Callable[[], object]) -> Callable[[], None]:
     return on_threads
 
 
-def _forward_run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str = "auto") -> Callable[[], object]:
+def forward_run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str = "auto") -> Callable[[], object]:
+    """A call of `attend` without gradients."""
+
     def forward() -> None:
         with torch.no_grad():
             attend(q, k, v, pattern, backend=backend)
@@ -132,9 +134,8 @@ def _forward_run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str
     return forward
 
 
-def _training_run(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: Pattern, backend: str
-) -> Callable[[], object]:
+def training_run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: Pattern, backend: str) -> Callable[[], object]:
+    """A call of `attend` and of its backward pass."""
     leaves = tuple(x.clone().requires_grad_() for x in (q, k, v))
 
     def both() -> None:
@@ -148,7 +149,7 @@ def scaling(thread_count: int, rounds: int, progress: Progress | None = None) ->
     runs: dict[str, Callable[[], object]] = {}
     for n in SCALING_LENGTHS:
         q, k, v = (torch.randn(1, n, SCALING.heads, SCALING.head_dim) for _ in range(3))
-        runs[str(n)] = _forward_run(q, k, v, longnet(SCALING.segment_lengths, SCALING.dilation_rates))
+        runs[str(n)] = forward_run(q, k, v, longnet(SCALING.segment_lengths, SCALING.dilation_rates))
     with threads(thread_count), torch.no_grad():
         seconds = interleaved_seconds(runs, rounds, progress)
     spreads = {n: Spread.of(seconds[str(n)]) for n in SCALING_LENGTHS}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,13 @@ from torch import Tensor
 
 from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.backends import BACKENDS
-from dilated_attention_pytorch.benchmark.measure import Spread, interleaved_seconds, times_faster
+from dilated_attention_pytorch.benchmark.measure import (
+    Spread,
+    interleaved_seconds,
+    seconds_of,
+    spread_text,
+    times_faster,
+)
 from dilated_attention_pytorch.explanation import explain
 from dilated_attention_pytorch.patterns import Causal, Documents, Full, Pattern, Window, longnet
 
@@ -125,12 +130,7 @@ def runs_of(shape: Shape) -> tuple[dict[str, Callable[[], object]], str]:
 def one_call(run: Callable[[], object]) -> float:
     """Seconds of a call, the better of two after one that warms up."""
     run()
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(seconds_of(run) for _ in range(2))
 
 
 def _repeated(run: Callable[[], object], times: int) -> Callable[[], None]:
@@ -197,7 +197,7 @@ def grid_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
             (
                 f"{name}: {figures['shape']}",
                 figures["auto takes"],
-                f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+                spread_text(ratio),
                 figures["best"],
                 ", ".join(times),
                 "BEHIND" if figures["behind"] else "",

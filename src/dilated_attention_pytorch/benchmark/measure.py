@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,50 @@ class Spread:
         return cls(statistics.median(figures), min(figures), max(figures), len(figures))
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+        return spread_text(asdict(self))
+
+    def times(self, factor: float) -> Spread:
+        """The spread of the same figures, each multiplied by a factor above 0."""
+        return replace(self, median=factor * self.median, low=factor * self.low, high=factor * self.high)
 
     def to_dict(self) -> dict[str, float]:
         """For JSON, to four digits."""
         return {name: round(value, 4) for name, value in asdict(self).items()}
+
+
+def spread_text(spread: Mapping[str, float]) -> str:
+    """A stored spread as a cell of a table.
+
+    Example:
+        >>> spread_text(Spread.of([1.0, 2.0, 3.0]).to_dict())
+        '2.00 (1.00-3.00)'
+    """
+    return f"{spread['median']:.2f} ({spread['low']:.2f}-{spread['high']:.2f})"
+
+
+def goal_text(measured: float, goal: float | None, at_most: bool = False) -> str:
+    """A goal as a cell of a table, with the word "missed" where the figure falls short of it; empty without a goal.
+
+    Example:
+        >>> goal_text(0.58, 0.60), goal_text(0.1, 0.15, at_most=True), goal_text(1.0, None)
+        ('0.60, missed', 'at most 0.15', '')
+    """
+    if goal is None:
+        return ""
+    met = measured <= goal if at_most else measured >= goal
+    return f"{'at most ' if at_most else ''}{goal:.2f}{'' if met else ', missed'}"
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds of one call.
+
+    Example:
+        >>> 0 <= seconds_of(lambda: None) < 1
+        True
+    """
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def interleaved_seconds(
@@ -50,9 +89,7 @@ def interleaved_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(run))
             if progress is not None:
                 progress()
     return seconds

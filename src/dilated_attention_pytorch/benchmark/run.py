@@ -20,6 +20,7 @@ from dilated_attention_pytorch.benchmark.attention import (
 )
 from dilated_attention_pytorch.benchmark.cases import CASES, Case
 from dilated_attention_pytorch.benchmark.grid import measure_grid
+from dilated_attention_pytorch.benchmark.measure import spread_text
 from dilated_attention_pytorch.training.environment import device_name, versions
 
 GOALS: dict[str, dict[str, dict[str, float]]] = {  # what falls short is shown, not hidden
@@ -110,17 +111,15 @@ def speed_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                     continue
                 for ratio, spread in ratios.items():
                     wanted = goal(backend, ratio, name, figures["threads"])
-                    rows.append((*place, backend, ratio, _cell(spread), "" if wanted is None else f"{wanted:.2f}"))
+                    rows.append(
+                        (*place, backend, ratio, spread_text(spread), "" if wanted is None else f"{wanted:.2f}")
+                    )
                 rate = f"{rates[f'{backend} forward']:.0f}, {rates[f'{backend} both']:.0f}"
                 rows.append((*place, backend, "GFLOP/s forward, forward + backward", rate, ""))
-            rows.append((*place, "", "hot pieces / pieces", _cell(figures["hot pieces / pieces"]), ""))
+            rows.append((*place, "", "hot pieces / pieces", spread_text(figures["hot pieces / pieces"]), ""))
             rate = f"{rates['pieces']:.0f}, {rates['pieces, both']:.0f}, {rates['gemm']:.0f}"
             rows.append((*place, "", "GFLOP/s of pieces forward, both, GEMM", rate, ""))
     return rows
-
-
-def _cell(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['low']:.2f}-{spread['high']:.2f})"
 
 
 def other_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
