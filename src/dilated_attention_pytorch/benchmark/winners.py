@@ -1,0 +1,217 @@
+"""Where dense, dilated, block-sparse and adaptive attention each win, by number of tokens and density.
+
+The four compute different patterns with the same number of pairs (dense: all of them), so this compares seconds, not
+results.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.attention import attend
+from dilated_attention_pytorch.benchmark.attention import forward_run, threads, training_run
+from dilated_attention_pytorch.benchmark.cases import Case
+from dilated_attention_pytorch.benchmark.measure import Spread, interleaved_seconds, seconds_of
+from dilated_attention_pytorch.benchmark.sparse import block_pairs
+from dilated_attention_pytorch.explanation import explain
+from dilated_attention_pytorch.patterns import Full, longnet, random_blocks
+from dilated_attention_pytorch.selection import MeanPooled, Selector, TopBlocks
+
+WAYS = ("dense", "dilated", "block-sparse", "adaptive")
+WORKS = ("forward", "forward + backward")
+TIE = 1.05
+"""Ways whose medians are within this factor of the fastest win with it."""
+
+
+@dataclass(frozen=True)
+class WinnerSizes:
+    """What is compared: B 1, H heads of head dim D. Runs above ``too_long`` FLOPs are left out.
+
+    Problems whose dense forward is above ``once`` FLOPs run once without a warm-up.
+    """
+
+    tokens: tuple[int, ...] = (1024, 4096, 16384, 65536)
+    densities: tuple[float, ...] = (0.05, 0.10, 0.25, 0.50)
+    heads: int = 4
+    head_dim: int = 64
+    block_size: int = 128
+    thread_count: int = 2
+    once: float = 1e12
+    too_long: float = 5e12
+
+    def inputs(self, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and a gradient of the output."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, tokens, self.heads, self.head_dim)
+        q, k, v, dout = (torch.randn(shape, generator=generator) for _ in range(4))
+        return q, k, v, dout
+
+    def dense_flops(self, tokens: int, work: str) -> float:
+        """FLOPs of dense attention."""
+        return Case("dense", tokens, self.heads, self.head_dim, (tokens,), (1,)).flops(work != WORKS[0])
+
+
+def dilated_case(tokens: int, density: float, heads: int, head_dim: int) -> Case:
+    """LongNet's branches (w, 1), (2w, 2), (4w, 4) whose pairs are nearest to ``density`` of all, w of N / 64 steps.
+
+    Example:
+        >>> case = dilated_case(16384, 0.25, 4, 64)
+        >>> case.segment_lengths, case.dilation_rates, round(case.pairs / (4 * 16384**2), 3)
+        ((2304, 4608, 9216), (1, 2, 4), 0.246)
+    """
+
+    def case(w: int) -> Case:
+        return Case("dilated", tokens, heads, head_dim, (w, 2 * w, 4 * w), (1, 2, 4))
+
+    step = max(1, tokens // 64)
+    wanted = density * heads * tokens**2
+    return min((case(w) for w in range(step, tokens + 1, step)), key=lambda c: abs(c.pairs - wanted))
+
+
+def adaptive_run(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, selector: Selector, budget: float, fresh: int
+) -> Callable[[], object]:
+    """A call that chooses blocks and attends to them, for other queries each time: no table of tiles is kept for it.
+
+    ``fresh`` calls see new queries, later ones those again. With ``dout`` the backward pass is run, too, for queries
+    that no call without it sees.
+    """
+    generator = torch.Generator().manual_seed(1 if dout is None else 2)
+    queries = itertools.cycle([torch.randn(q.shape, generator=generator) for _ in range(fresh)])
+
+    def run() -> None:
+        mine = next(queries)
+        if dout is None:
+            with torch.no_grad():
+                attend(mine, k, v, selector(mine, k, budget))
+            return
+        leaves = tuple(x.detach().requires_grad_() for x in (mine, k, v))
+        out = attend(leaves[0], leaves[1], leaves[2], selector(mine, k, budget))
+        torch.autograd.grad(out, leaves, dout)
+
+    return run
+
+
+def winner_steps(rounds: int, sizes: WinnerSizes = WinnerSizes()) -> int:
+    """How often `measure_winners` calls its progress function."""
+    return len(sizes.tokens) * len(WORKS)
+
+
+def measure_winners(
+    rounds: int, progress: Callable[[], object] | None = None, sizes: WinnerSizes = WinnerSizes()
+) -> dict[str, Any]:
+    """Milliseconds of every way on every number of tokens and density; a dictionary that JSON can hold."""
+    cells: list[dict[str, Any]] = []
+    with threads(sizes.thread_count):
+        for tokens in sizes.tokens:
+            for work in WORKS:
+                cells += _cells(sizes, tokens, work, rounds)
+                if progress is not None:
+                    progress()
+    return {
+        "shape": f"B 1, H {sizes.heads}, D {sizes.head_dim}, blocks of {sizes.block_size}",
+        "threads": sizes.thread_count,
+        "cells": cells,
+    }
+
+
+def _cells(sizes: WinnerSizes, tokens: int, work: str, rounds: int) -> list[dict[str, Any]]:
+    """One cell for each density, all measured in the same rounds."""
+    q, k, v, dout = sizes.inputs(tokens)
+    all_flops = sizes.dense_flops(tokens, work)
+    long = all_flops > sizes.once
+    runs: dict[tuple[str, float], Callable[[], object]] = {}
+    cells: list[dict[str, Any]] = []
+
+    def plain(pattern: Any) -> Callable[[], object]:
+        leaf = q.detach().requires_grad_(work != WORKS[0])
+        explain(leaf, k, v, pattern)  # the plan is made and kept
+        return forward_run(q, k, v, pattern) if work == WORKS[0] else training_run(q, k, v, dout, pattern, "auto")
+
+    def left_out(flops: float) -> dict[str, Any] | None:
+        return {"left out": f"too long: {flops / 1e12:.3g} TFLOP"} if flops > sizes.too_long else None
+
+    dense_out = left_out(all_flops)
+    if dense_out is None:
+        runs["dense", 1.0] = plain(Full())
+    for density in sizes.densities:
+        case = dilated_case(tokens, density, sizes.heads, sizes.head_dim)
+        held, ways = {"dense": 1.0, "dilated": case.pairs / (sizes.heads * tokens**2)}, {"dense": dense_out}
+        ways["dilated"] = left_out(density * all_flops)
+        if ways["dilated"] is None:
+            runs["dilated", density] = plain(longnet(case.segment_lengths, case.dilation_rates))
+        blocks = -(-tokens // sizes.block_size)
+        few = (
+            {"left out": f"less than one of {blocks} blocks"} if density * blocks < 1 else left_out(density * all_flops)
+        )
+        ways |= {"block-sparse": few, "adaptive": few}
+        if few is None:
+            layout = random_blocks(tokens, block_size=sizes.block_size, density=density, num_heads=sizes.heads)
+            held["block-sparse"] = block_pairs(layout, tokens, sizes.heads) / (sizes.heads * tokens**2)
+            selector = Selector(MeanPooled(), TopBlocks(), block_size=sizes.block_size)
+            held["adaptive"] = selector(q, k, density).density
+            runs["block-sparse", density] = plain(layout)
+            given = None if work == WORKS[0] else dout
+            runs["adaptive", density] = adaptive_run(q, k, v, given, selector, density, 1 if long else rounds + 1)
+        held = {way: round(share, 4) for way, share in held.items()}
+        cells.append({"tokens": tokens, "work": work, "density": density, "held": held, "ways": ways})
+    if long:
+        seconds = {str(at): [seconds_of(run)] for at, run in runs.items()}
+    else:
+        seconds = interleaved_seconds({str(at): run for at, run in runs.items()}, rounds)
+    for cell in cells:
+        for way, reason in cell["ways"].items():
+            at = str((way, 1.0 if way == "dense" else cell["density"]))
+            cell["ways"][way] = reason if reason is not None else Spread.of(seconds[at]).times(1000).to_dict()
+    return cells
+
+
+def fastest(cell: dict[str, Any]) -> list[str]:
+    """The ways of a cell that win: the fastest, and those within a tie of it."""
+    medians = {way: figures["median"] for way, figures in cell["ways"].items() if "median" in figures}
+    return [way for way in WAYS if way in medians and medians[way] <= TIE * min(medians.values())]
+
+
+def time_text(milliseconds: float) -> str:
+    """A time as a cell of a table, in three digits.
+
+    Example:
+        >>> time_text(12345.6), time_text(12.345)
+        ('12.3 s', '12.3 ms')
+    """
+    return f"{milliseconds / 1000:.3g} s" if milliseconds >= 1000 else f"{milliseconds:.3g} ms"
+
+
+WINNER_COLUMNS = ("tokens", "density", "work", *WAYS, "fastest", "adaptive against dense")
+
+
+def winner_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rows of `WINNER_COLUMNS`; "adaptive against dense" is how many times faster it is, its selection included."""
+    for cell in results["cells"]:
+        shown = [
+            figures["left out"] if "left out" in figures else time_text(figures["median"])
+            for figures in (cell["ways"][way] for way in WAYS)
+        ]
+        dense, adaptive = (cell["ways"][way].get("median") for way in ("dense", "adaptive"))
+        ratio = "" if dense is None or adaptive is None else f"{dense / adaptive:.2f}"
+        place = (f"{cell['tokens']}", f"{100 * cell['density']:.0f} %", cell["work"])
+        yield *place, *shown, ", ".join(fastest(cell)), ratio
+
+
+def winner_tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]], str]]:
+    """(title, columns, rows, note) of the table to show."""
+    held = sorted({round(100 * cell["held"]["dilated"] / cell["density"]) for cell in results["cells"]})
+    note = (
+        f"{results['shape']}, {results['threads']} threads, medians. dense: all pairs. dilated: branches (w, 1), "
+        f"(2w, 2), (4w, 4) with {held[0]}-{held[-1]} % of the pairs that the density asks for.\n"
+        "block-sparse: random blocks, other ones for each head, the plan kept as in training. adaptive: blocks chosen "
+        "by mean-pooled scores, for new data each time,\nselection and its tables included. They compute different "
+        f"patterns. Within {100 * (TIE - 1):.0f} % of the fastest is a tie."
+    )
+    return [("Where each way wins", WINNER_COLUMNS, list(winner_rows(results)), note)]
