@@ -1,4 +1,4 @@
-"""PyTorch's own fused kernels: one call for each piece of a StridedPlan, or one masked call for a short DensePlan."""
+"""PyTorch's own fused kernels: calls for the pieces of strided and tile plans, one masked call for a short DensePlan."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from torch import Tensor
 
 from dilated_attention_pytorch.backends.base import Backend, Gradients, Options
 from dilated_attention_pytorch.backends.kernel import Kernel, shared_reasons
+from dilated_attention_pytorch.backends.ordered import backward_in_order, forward_in_order
 from dilated_attention_pytorch.backends.sdpa.kernels import CUDNN_ROWS, Need, choose_kernel
 from dilated_attention_pytorch.backends.sdpa.masked import masked_backward, masked_forward
 from dilated_attention_pytorch.backends.strided import StridedWalk
+from dilated_attention_pytorch.backends.tiled import TiledWalk
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.plans import DensePlan, Plan, StridedPlan
+from dilated_attention_pytorch.plans import DensePlan, OrderedPlan, Plan, StridedPlan, TilePlan
 from dilated_attention_pytorch.problem import Problem
 
+CPU_ROWS = 8192
+"""Key rows gathered for one call on a CPU."""
+GPU_ROWS = 1 << 18
+"""The same on a GPU, where few large calls are better."""
 KERNELS = ("auto", "cudnn_attention", "flash_attention", "efficient_attention")
 
 
@@ -41,10 +47,10 @@ class SdpaOptions(Options):
 
 
 class SdpaBackend(Backend):
-    """PyTorch's own fused kernels: one call per piece of a StridedPlan, or one masked call for a short DensePlan."""
+    """PyTorch's own fused kernels: a call per piece of a strided or tile plan, one masked call for a short DensePlan."""
 
     name = "sdpa"
-    plans = (StridedPlan, DensePlan)
+    plans = (StridedPlan, OrderedPlan, TilePlan, DensePlan)
     options_type = SdpaOptions
     options: SdpaOptions
 
@@ -57,35 +63,48 @@ class SdpaBackend(Backend):
     def reasons_against(self, problem: Problem, plan: Plan) -> list[str]:
         reasons = shared_reasons(problem)
         if isinstance(plan, DensePlan) and plan.log_counts is None:
-            reasons.append("no closed form, and too long for one masked call; use backend='dense'")
+            reasons.append("too long for one masked call; use backend='dense'")
         kernel = self._kernel(problem, plan)
         if isinstance(kernel, str):
             reasons.append(kernel)
         return reasons
 
     def forward(self, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
+        if isinstance(plan, OrderedPlan):
+            return forward_in_order(self, problem, plan)
         kernel = self._kernel(problem, plan)
         assert isinstance(kernel, Kernel)
         if isinstance(plan, DensePlan):
             assert plan.log_counts is not None
             return masked_forward(problem, plan.log_counts, kernel, _work_dtype(problem))
+        if isinstance(plan, TilePlan):
+            return self._tiled(problem, kernel).forward(problem, plan)
         assert isinstance(plan, StridedPlan)
-        return self._walk(problem, kernel).forward(problem, plan)
+        return self._strided(problem, kernel).forward(problem, plan)
 
     def backward(
         self, problem: Problem, plan: Plan, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
+        if isinstance(plan, OrderedPlan):
+            return backward_in_order(self, problem, plan, dout, dlse, out, lse)
         kernel = self._kernel(problem, plan, widened=dlse is not None)
         assert isinstance(kernel, Kernel)
         if isinstance(plan, DensePlan):
             assert plan.log_counts is not None
             return masked_backward(problem, plan.log_counts, kernel, _work_dtype(problem), dout, dlse, out, lse)
+        if isinstance(plan, TilePlan):
+            return self._tiled(problem, kernel).backward(problem, plan, dout, dlse, out, lse)
         assert isinstance(plan, StridedPlan)
-        return self._walk(problem, kernel).backward(problem, plan, dout, dlse, out, lse)
+        return self._strided(problem, kernel).backward(problem, plan, dout, dlse, out, lse)
 
-    def _walk(self, problem: Problem, kernel: Kernel) -> StridedWalk:
+    def _strided(self, problem: Problem, kernel: Kernel) -> StridedWalk:
         rows = self.options.packed_rows if problem.q.device.type == "cpu" else None
         return StridedWalk(kernel, _work_dtype(problem), rows)
+
+    def _tiled(self, problem: Problem, kernel: Kernel) -> TiledWalk:
+        on_cpu = problem.q.device.type == "cpu"
+        rows = self.options.packed_rows if on_cpu else None
+        return TiledWalk(kernel, _work_dtype(problem), rows, CPU_ROWS if on_cpu else GPU_ROWS)
 
     def _kernel(self, problem: Problem, plan: Plan, widened: bool = False) -> Kernel | str:
         """The kernel for this problem; ``widened`` by the columns that a gradient of lse brings."""
@@ -94,9 +113,10 @@ class SdpaBackend(Backend):
         if device.type == "cuda":
             chunks = plan.chunks if isinstance(plan, StridedPlan) else ()
             pieces = [piece for chunk in chunks for piece in chunk.pieces]
+            tiles = plan.tiles if isinstance(plan, OrderedPlan) else plan
             need = need._replace(
                 head_dim=p.q.shape[3] + (Kernel.columns if widened else 0),
-                masks=isinstance(plan, DensePlan),
+                masks=isinstance(plan, DensePlan) or isinstance(tiles, TilePlan),
                 bands=any(piece.band is not None for piece in pieces),
                 shortest=min((n for x in pieces for n in (x.queries.length, x.keys.length)), default=CUDNN_ROWS),
                 capability=torch.cuda.get_device_capability(device),
