@@ -37,6 +37,21 @@ class Block(NamedTuple):
     high: Tensor
     step: Tensor
 
+    def take(self, which: Tensor) -> Block:
+        """The blocks with these numbers."""
+        return Block(*(x[which] for x in self))
+
+
+class Grid(NamedTuple):
+    """Every ``rate``-th key of a segment (tokens), as a pattern may see them: rows of one residue are seen together.
+
+    ``binds_queries`` says whether only the queries on the grid see them, or queries in row order.
+    """
+
+    segment_length: int
+    rate: int
+    binds_queries: bool = True
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -123,6 +138,16 @@ class Pattern(ABC):
         """Whether samples of a batch may have different counts: then `count` adds a leading dim."""
         return False
 
+    def of_sample(self, sample: int) -> Pattern:
+        """The pattern as one sample of the batch sees it: its tables have no batch dim.
+
+        Example:
+            >>> from dilated_attention_pytorch import Documents
+            >>> Documents([[3, 1], [2, 2]]).of_sample(1).lengths
+            tensor([2, 2])
+        """
+        return self
+
     @property
     def is_causal(self) -> bool:
         """Whether it is known that no query sees a key at a later position."""
@@ -132,6 +157,11 @@ class Pattern(ABC):
     def period(self) -> int | None:
         """Tokens by which query and key may move together without changing any count, or None."""
         return None
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids on which the pattern itself, not its parts, sees keys: rows ordered by residue make it denser."""
+        return ()
 
     def check(self, problem: Problem) -> None:
         """Raise InvalidInput when the pattern does not fit the problem's heads, batch or lengths."""
@@ -245,6 +275,9 @@ class _Pair(Pattern):
     @property
     def varies_by_sample(self) -> bool:
         return self.left.varies_by_sample or self.right.varies_by_sample
+
+    def of_sample(self, sample: int) -> Pattern:
+        return replace(self, left=self.left.of_sample(sample), right=self.right.of_sample(sample))
 
     @property
     def period(self) -> int | None:

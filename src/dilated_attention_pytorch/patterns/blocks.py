@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns.base import Block, Index, Pattern
@@ -83,6 +84,31 @@ class BlockSparse(Pattern):
     def varies_by_sample(self) -> bool:
         return self.layout.dim() > 3 and self.layout.shape[0] > 1
 
+    def of_sample(self, sample: int) -> BlockSparse:
+        table = self.layout
+        return self if table.dim() < 4 else BlockSparse(self.block_size, table[sample if table.shape[0] > 1 else 0])
+
+    def seen(self, q: Block, k: Block) -> Tensor:
+        """Which of all blocks ``q`` of queries see some pair of which blocks ``k`` of keys: (H or 1, Q, K), bool.
+
+        For a table without a batch dim; far cheaper for all blocks at once than `count_bounds` for each.
+
+        Example:
+            >>> whole = Block(torch.tensor([0]), torch.tensor([3]), torch.tensor([1]))
+            >>> halves = Block(torch.tensor([0, 2]), torch.tensor([1, 3]), torch.tensor([1, 1]))
+            >>> BlockSparse(1, torch.tensor([[1, 0, 0, 0]] * 4)).seen(whole, halves)
+            tensor([[[ True, False]]])
+        """
+        found = self.layout.to(q.low.device) > 0
+        for dim, side, size in ((-2, q, self.block_size[0]), (-1, k, self.block_size[1])):
+            first, last = side.low // size, side.high // size
+            cells, end = found, found.shape[dim] - 1
+            found = cells.index_select(dim, first.clamp(max=end))
+            for further in range(1, int((last - first).max()) + 1):
+                found |= cells.index_select(dim, torch.minimum(first + further, last).clamp(max=end))
+            found &= (first <= end).view((-1, 1) if dim == -2 else (-1,))
+        return found.view(-1, *found.shape[-2:])
+
     def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
         (top, bottom), (left, right) = (
             (side.low // size, side.high // size) for side, size in zip((q, k), self.block_size)
@@ -91,11 +117,14 @@ class BlockSparse(Pattern):
             count = self._cells(self.layout.to(top.device), head, top, left)
             return count, count
         area = (bottom - top + 1) * (right - left + 1)
-        seen, most = (self._area_sum(sums.to(top.device), head, top, bottom, left, right) for sums in self._sums)
+        seen = most = self._area_sum(self._sums[0], head, top, bottom, left, right)
         greatest = int(self.layout.max())
+        if greatest > 1:
+            most = self._area_sum(self._sums[1], head, top, bottom, left, right)
         return torch.where(most == area, greatest, (seen == area).long()), (seen > 0) * greatest
 
     def _area_sum(self, sums: Tensor, head: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        sums = sums.to(top.device)
         rows, columns = (n - 1 for n in sums.shape[-2:])
         top, bottom = top.clamp(max=rows), (bottom + 1).clamp(max=rows)
         left, right = left.clamp(max=columns), (right + 1).clamp(max=columns)
@@ -104,13 +133,13 @@ class BlockSparse(Pattern):
         return a - b - c + d
 
     @cached_property
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        """Cells above 0, and cells of the greatest count, summed over all rows and columns before each corner."""
-        greatest = self.layout.max()
+    def _sums(self) -> tuple[Tensor, ...]:
+        """Cells above 0, and if any is above 1 those of the greatest count, summed over the rows and columns before."""
+        greatest = int(self.layout.max())
         return tuple(
-            torch.nn.functional.pad(cells.cumsum(-1, dtype=torch.int32).cumsum(-2, dtype=torch.int32), (1, 0, 1, 0))
-            for cells in (self.layout > 0, (self.layout == greatest) & (self.layout > 0))
-        )  # type: ignore[return-value]
+            pad(cells.cumsum(-1, dtype=torch.int32).cumsum(-2, dtype=torch.int32), (1, 0, 1, 0))
+            for cells in (self.layout > 0, self.layout == greatest)[: 2 if greatest > 1 else 1]
+        )
 
     def check(self, problem: Problem) -> None:
         """Raise InvalidInput unless the table has a row and a column for every position, and fits heads and batch."""

@@ -98,15 +98,19 @@ class Documents(Pattern):
     def varies_by_sample(self) -> bool:
         return self.lengths.dim() > 1 and self.lengths.shape[0] > 1
 
+    def of_sample(self, sample: int) -> Documents:
+        table = self.lengths
+        return self if table.dim() == 1 else Documents(table[sample if table.shape[0] > 1 else 0])
+
     @property
     def varies_by_head(self) -> bool:
         return False
 
     def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
-        same, meet, _ = self._shared(q, k)
+        same, meet, _ = self.shared(q, k)
         return same * 1, meet * 1
 
-    def _shared(self, q: Block, k: Block) -> tuple[Tensor, Tensor, Tensor]:
+    def shared(self, q: Block, k: Block) -> tuple[Tensor, Tensor, Tensor]:
         """Whether all rows surely are in one document; whether some pair may be; where the first query's one starts."""
         (a, inside), b, c, d = (self.locate(q.low), *(self.locate(x)[0] for x in (q.high, k.low, k.high)))
         same = (a >= 0) & (a == b) & (a == c) & (a == d)
@@ -159,6 +163,9 @@ class Packed(Pattern):
     def varies_by_sample(self) -> bool:
         return self.documents.varies_by_sample or self.inner.varies_by_sample
 
+    def of_sample(self, sample: int) -> Packed:
+        return Packed(self.documents.of_sample(sample).lengths, self.inner.of_sample(sample))
+
     @property
     def is_causal(self) -> bool:
         return self.inner.is_causal
@@ -168,7 +175,7 @@ class Packed(Pattern):
         return self.inner.varies_by_head
 
     def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
-        same, meet, start = self.documents._shared(q, k)
+        same, meet, start = self.documents.shared(q, k)
         mine, other = (Block(x.low - start, x.high - start, x.step) for x in (q, k))
         low, high = self.inner.count_bounds(head, num_heads, mine, other)
         return same * low, meet * torch.where(same, high, UNBOUNDED)

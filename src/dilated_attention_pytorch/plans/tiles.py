@@ -8,16 +8,18 @@ Legend: Q query blocks, K key blocks, W the longest list of a block, T distinct 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.patterns import Pattern
-from dilated_attention_pytorch.patterns.base import Block, Index
+from dilated_attention_pytorch.patterns import BlockSparse, Pattern, pattern_from_text
+from dilated_attention_pytorch.patterns.base import And, Block, Sum
+from dilated_attention_pytorch.patterns.documents import Packed
 from dilated_attention_pytorch.plans.base import Plan
 from dilated_attention_pytorch.problem import Problem, positions_tensor
 
@@ -29,7 +31,10 @@ PARTIAL_PAIRS = 1 << 30
 """A pattern with more pairs in partial tiles gets no tables: reading its counts would cost more than it saves."""
 TABLE_BYTES = 1 << 28
 """The most that distinct partial tiles may take."""
+SEEN_BLOCKS = 1 << 27
+"""Up to so many blocks of all heads are looked up in a table of blocks at once (bytes)."""
 _CHUNK_PAIRS = 1 << 22
+_CHUNK_TILES = 1 << 19
 
 
 class TileLists(NamedTuple):
@@ -174,6 +179,8 @@ def visited_tiles(pattern: Pattern, problem: Problem, block_size: tuple[int, int
 def _reader(pattern: Pattern, problem: Problem) -> tuple[_Reader, int, int]:
     """A reader of the counts, and how many samples and heads tables need."""
     q_at, k_at = positions_tensor(problem.query_positions), positions_tensor(problem.key_positions)
+    if any(table.device.type not in ("cpu", "meta") for table in pattern.tables):
+        pattern = pattern_from_text(pattern.text(), [table.cpu() for table in pattern.tables])  # once, not at each look
     batched = problem.key_lengths is not None or pattern.varies_by_sample
     samples, heads = problem.batch if batched else 1, problem.num_heads if pattern.varies_by_head else 1
     return _Reader(pattern, problem, q_at, k_at), samples, heads
@@ -189,57 +196,82 @@ class _Reader:
     k_at: Tensor
 
     def bounds(self, tiles: _Tiles, q: Block, k: Block) -> tuple[Tensor, Tensor]:
-        """Least and greatest count of each tile; ``q`` and ``k`` hold the blocks that tiles name."""
-        mine, other = (Block(*(x[i] for x in side)) for side, i in ((q, tiles.q), (k, tiles.k)))
-        given = self.pattern.count_bounds(tiles.head, self.problem.num_heads, mine, other)
-        low, high = (self._of_sample(x, tiles.sample) for x in given)
+        """Least and greatest count of tiles of one sample, of blocks ``q`` and ``k``; all have three dims."""
+        given = self.pattern.count_bounds(tiles.head, self.problem.num_heads, q, k)
+        low, high = (torch.as_tensor(x) for x in given)
+        if max(low.dim(), high.dim()) == 4:  # a batch of tables; all tiles are of one sample
+            low, high = (x[int(tiles.sample[0]) % len(x)] if x.dim() == 4 else x for x in (low, high))
         if self.problem.key_lengths is not None:
             visible = torch.tensor(self.problem.key_lengths)[tiles.sample]
-            low, high = low * (other.high < visible), high * (other.low < visible)
+            low, high = low * (k.high < visible), high * (k.low < visible)
         return low, high
-
-    def _of_sample(self, x: Index, sample: Tensor) -> Tensor:
-        x = torch.as_tensor(x)
-        if x.dim() == 4:  # (B, 1, 1, tiles)
-            x = x.expand(-1, 1, 1, len(sample))
-            x = x[sample if x.shape[0] > 1 else torch.zeros_like(sample), 0, 0, torch.arange(len(sample))]
-        return x.expand(len(sample)).long()
 
     def examples(self, tiles: _Tiles, block_size: tuple[int, int]) -> tuple[_Tiles, Tensor]:
         """Tiles that stand for all of these, and for each tile the place of the one with equal counts."""
-        period = self.pattern.period
-        if period is None or len(tiles.q) == 0:
-            return tiles, torch.arange(len(tiles.q))
-        (q_low, q_shape), (k_low, k_shape) = (_shapes(at, size) for at, size in zip((self.q_at, self.k_at), block_size))
-        q, k = q_low[tiles.q], k_low[tiles.k]
-        signs = [tiles.head, q % period, k - q, q_shape[tiles.q], k_shape[tiles.k]]
+        if len(tiles.q) == 0:
+            return tiles, tiles.q
+        q, k = (_blocks(at, size).take(i) for at, i, size in self._sides(tiles, block_size))
+        signs = self._signs(self.pattern, tiles, q, k)
+        signs += [k.low - q.low, *(_shapes(at, i, size) for at, i, size in self._sides(tiles, block_size))]
         if self.problem.key_lengths is not None:
             span = int((self.k_at.max() - self.k_at.min()).item()) + 1
-            signs.append((torch.tensor(self.problem.key_lengths)[tiles.sample] - k).clamp(0, span))
-        _, places, inverse = np.unique(torch.stack(signs, 1).numpy(), axis=0, return_index=True, return_inverse=True)
-        return tiles.take(torch.from_numpy(places)), torch.from_numpy(inverse.reshape(-1))
+            signs.append((torch.tensor(self.problem.key_lengths)[tiles.sample] - k.low).clamp(0, span))
+        places, alike = _distinct(signs)
+        return tiles.take(places), alike
+
+    def _sides(self, tiles: _Tiles, block_size: tuple[int, int]) -> tuple[tuple[Tensor, Tensor, int], ...]:
+        return (self.q_at, tiles.q, block_size[0]), (self.k_at, tiles.k, block_size[1])
+
+    def _signs(self, pattern: Pattern, tiles: _Tiles, q: Block, k: Block) -> list[Tensor]:
+        """Numbers of tiles: where they agree, and the rows stand alike, the counts are equal.
+
+        The side of a sum or product whose count is the same all over a tile adds that count alone.
+        """
+        if pattern.period is not None:
+            return [tiles.head, q.low % pattern.period]
+        if isinstance(pattern, And | Sum):
+            signs = []
+            for side in (pattern.left, pattern.right):
+                bounds = side.count_bounds(tiles.head, self.problem.num_heads, q, k)
+                low, high = (_of_sample(torch.as_tensor(x), tiles) for x in bounds)
+                varied = low != high
+                signs += [torch.where(varied, -1, low), *(x * varied for x in self._signs(side, tiles, q, k))]
+            return signs
+        if isinstance(pattern, Packed):
+            same, _, start = (_of_sample(x, tiles) for x in pattern.documents.shared(q, k))
+            mine, other = (Block(x.low - start, x.high - start, x.step) for x in (q, k))
+            inside = self._signs(pattern.inner, tiles, mine, other)
+            return [x * ~same for x in (tiles.sample + 1, tiles.head, q.low)] + [x * same for x in inside]
+        return [tiles.sample, tiles.head, q.low]
 
     def counts(self, tiles: _Tiles, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Counts of some tiles, int64, 0 past the ragged edge; and where a pair exists: (tiles, *block_size) each."""
-        (q, q_held), (k, k_held) = (
-            self._rows(at, i, size)
-            for at, i, size in ((self.q_at, tiles.q, block_size[0]), (self.k_at, tiles.k, block_size[1]))
-        )
+        (q, q_held), (k, k_held) = (_rows(*side) for side in self._sides(tiles, block_size))
         q, k, n = q.unsqueeze(2), k.unsqueeze(1), len(tiles.q)
         found = torch.as_tensor(self.pattern.count(tiles.head.view(-1, 1, 1), self.problem.num_heads, q, k))
         if found.dim() == 4:  # (B, tiles, ...)
-            found = found.expand(-1, n, *block_size)
-            found = found[tiles.sample if found.shape[0] > 1 else torch.zeros_like(tiles.sample), torch.arange(n)]
+            sample = tiles.sample if found.shape[0] > 1 else torch.zeros_like(tiles.sample)
+            found = found.expand(-1, n, *block_size)[sample, torch.arange(n)]
         found = found.expand(n, *block_size).long()
         if self.problem.key_lengths is not None:
             found = found * (k < torch.tensor(self.problem.key_lengths)[tiles.sample].view(-1, 1, 1))
         held = q_held.unsqueeze(2) & k_held.unsqueeze(1)
         return found * held, held
 
-    @staticmethod
-    def _rows(at: Tensor, blocks: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        rows = blocks.view(-1, 1) * size + torch.arange(size)
-        return at[rows.clamp(max=len(at) - 1)], rows < len(at)
+
+def _of_sample(x: Tensor, tiles: _Tiles) -> Tensor:
+    """A number for each tile, of its sample, from one for all tiles or (B, 1, 1, tiles); int64."""
+    n = len(tiles.sample)
+    if x.dim() == 4:
+        sample = tiles.sample if x.shape[0] > 1 else torch.zeros_like(tiles.sample)
+        x = x.expand(-1, 1, 1, n)[sample, 0, 0, torch.arange(n)]
+    return x.expand(n).long()
+
+
+def _rows(at: Tensor, blocks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The positions of the rows of blocks, and which rows there are: (blocks, size) each."""
+    rows = blocks.view(-1, 1) * size + torch.arange(size)
+    return at[rows.clamp(max=len(at) - 1)], rows < len(at)
 
 
 def _blocks(at: Tensor, size: int) -> Block:
@@ -251,15 +283,27 @@ def _blocks(at: Tensor, size: int) -> Block:
     return Block(*(torch.from_numpy(x) for x in (low, high, step)))
 
 
-def _shapes(at: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The lowest position of each block, and a number that blocks share whose rows stand alike above it."""
-    n = -(-len(at) // size)
-    rows = torch.full((n * size,), -1)
-    rows[: len(at)] = at
-    rows = rows.view(n, size)
-    low = torch.where(rows < 0, rows.max() + 1, rows).amin(1)
-    above = torch.where(rows < 0, -1, rows - low.view(-1, 1))
-    return low, torch.from_numpy(np.unique(above.numpy(), axis=0, return_inverse=True)[1].reshape(-1))
+def _shapes(at: Tensor, blocks: Tensor, size: int) -> Tensor:
+    """A number for each block that blocks share whose rows stand alike above the lowest one."""
+    used, which = blocks.unique(return_inverse=True)
+    rows, held = _rows(at, used, size)
+    low = torch.where(held, rows, rows.amax()).amin(1, keepdim=True)
+    above = torch.where(held, rows - low, -1).numpy()
+    return torch.from_numpy(np.unique(above, axis=0, return_inverse=True)[1].reshape(-1))[which]
+
+
+def _distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Places of rows that stand for all, and for each row the place among them of the one equal to it."""
+    key, span = torch.zeros_like(columns[0]), 1
+    for column in columns:
+        low = int(column.min())
+        values = int(column.max()) - low + 1
+        if span * values >= 1 << 62:
+            key = key.unique(return_inverse=True)[1]
+            span = len(key)
+        key, span = key * values + (column - low), span * values
+    _, places, alike = np.unique(key.numpy(), return_index=True, return_inverse=True)
+    return torch.from_numpy(places), torch.from_numpy(alike.reshape(-1))
 
 
 def _find(reader: _Reader, samples: int, heads: int, block_size: tuple[int, int]) -> tuple[_Tiles, Tensor]:
@@ -272,26 +316,67 @@ def _find(reader: _Reader, samples: int, heads: int, block_size: tuple[int, int]
     while any(-(-n // (size * fans[-1])) > 2 * FAN for n, size in zip(lengths, block_size)):
         fans.append(fans[-1] * FAN)
     sides = [[_blocks(at, size * fan) for at, size in zip((reader.q_at, reader.k_at), block_size)] for fan in fans]
-    grid = (samples, heads, *(len(side.low) for side in sides[-1]))
-    tiles = _Tiles(*(x.flatten() for x in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")))
-    for level in range(len(fans) - 1, -1, -1):
-        q, k = sides[level]
-        low, high = reader.bounds(tiles, q, k)
-        kept = high > 0
-        tiles, low, high = tiles.take(kept), low[kept], high[kept]
-        if level > 0:
-            tiles = _children(tiles, *(len(side.low) for side in sides[level - 1]))
-    order = np.lexsort([x.numpy() for x in (tiles.k, tiles.q, tiles.head, tiles.sample)])
-    sorted_by = torch.from_numpy(order)
-    return tiles.take(sorted_by), torch.where(low == high, low, 0)[sorted_by]
+    parts = []
+    for sample in range(samples):
+        alone = replace(reader, pattern=reader.pattern.of_sample(sample))
+        level, tiles, fan = _start(alone, sample, heads, sides)
+        for q, k in reversed(sides[: level + 1]):
+            tiles, count = _split(alone, tiles, q, k, fan)
+            fan = (FAN, FAN)
+        parts.append((tiles, count))
+    tiles, count = _joined(parts)
+    q_blocks, k_blocks = (len(side.low) for side in sides[0])
+    key = ((tiles.sample * heads + tiles.head) * q_blocks + tiles.q) * k_blocks + tiles.k
+    order = torch.from_numpy(np.argsort(key.numpy(), kind="stable"))
+    return tiles.take(order), count[order]
 
 
-def _children(tiles: _Tiles, q_blocks: int, k_blocks: int) -> _Tiles:
-    part = torch.arange(FAN)
-    q = (tiles.q.view(-1, 1, 1) * FAN + part.view(-1, 1)).expand(-1, FAN, FAN).flatten()
-    k = (tiles.k.view(-1, 1, 1) * FAN + part).expand(-1, FAN, FAN).flatten()
-    sample, head = (x.repeat_interleave(FAN * FAN) for x in (tiles.sample, tiles.head))
-    return _Tiles(sample, head, q, k).take((q < q_blocks) & (k < k_blocks))
+def _start(reader: _Reader, sample: int, heads: int, sides: list[list[Block]]) -> tuple[int, _Tiles, tuple[int, int]]:
+    """The level of blocks to begin with, regions of them that may hold a pair, and their parts per side."""
+    table = _table(reader.pattern)
+    if table is None:
+        none, (q, k) = torch.zeros(heads, dtype=torch.int64), sides[-1]
+        return len(sides) - 1, _Tiles(none + sample, torch.arange(heads), none, none), (len(q.low), len(k.low))
+    sizes = [heads * len(q.low) * len(k.low) for q, k in sides]
+    level = next((i for i, size in enumerate(sizes) if size <= SEEN_BLOCKS), len(sides) - 1)
+    seen = table.seen(*sides[level])
+    if len(seen) < heads:
+        seen = seen.expand(heads, -1, -1)
+    head, q_block, k_block = seen.nonzero(as_tuple=True)
+    return level, _Tiles(torch.full_like(head, sample), head, q_block, k_block), (1, 1)
+
+
+def _table(pattern: Pattern) -> BlockSparse | None:
+    """The table outside of whose blocks the pattern sees nothing, if it is a product with one."""
+    if isinstance(pattern, And):
+        return _table(pattern.left) or _table(pattern.right)
+    return pattern if isinstance(pattern, BlockSparse) else None
+
+
+def _split(reader: _Reader, regions: _Tiles, q: Block, k: Block, fan: tuple[int, int]) -> tuple[_Tiles, Tensor]:
+    """The parts of regions that may hold a pair, and the count of those that are full, else 0.
+
+    A region has ``fan`` parts per side; ``q`` and ``k`` are all blocks of the size of a part.
+    """
+    found = []
+    for which in torch.arange(len(regions.q)).split(max(1, _CHUNK_TILES // math.prod(fan))):
+        region = regions.take(which)
+        rows = region.q.view(-1, 1, 1) * fan[0] + torch.arange(fan[0]).view(-1, 1)
+        columns = region.k.view(-1, 1, 1) * fan[1] + torch.arange(fan[1])
+        some = (rows < len(q.low)) & (columns < len(k.low))
+        held = _Tiles(region.sample.view(-1, 1, 1), region.head.view(-1, 1, 1), rows, columns)
+        q_part, k_part = q.take(rows.clamp(max=len(q.low) - 1)), k.take(columns.clamp(max=len(k.low) - 1))
+        low, high = reader.bounds(held, q_part, k_part)
+        at = (some & (high > 0)).nonzero(as_tuple=True)
+        low, high = (x.expand(some.shape)[at] for x in (low, high))
+        part = _Tiles(*(x.expand(some.shape)[at] for x in held))
+        found.append((part, torch.where(low == high, low, 0)))
+    return _joined(found)
+
+
+def _joined(parts: list[tuple[_Tiles, Tensor]]) -> tuple[_Tiles, Tensor]:
+    sample, head, q, k = (torch.cat(x) for x in zip(*(tiles for tiles, _ in parts)))
+    return _Tiles(sample, head, q, k), torch.cat([count for _, count in parts])
 
 
 class _Partial(NamedTuple):
