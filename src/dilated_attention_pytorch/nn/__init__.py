@@ -1,9 +1,12 @@
 """Layers: attention with and without projections, transformer blocks, positions, and the key-value cache."""
 
+from dilated_attention_pytorch.nn.adaptive import AdaptiveSparseAttention, MultiheadAdaptiveSparseAttention
 from dilated_attention_pytorch.nn.attention import DilatedAttention, MultiheadDilatedAttention
 from dilated_attention_pytorch.nn.cache import KeyValueCache, LayerCache
 from dilated_attention_pytorch.nn.convolution import ShortConvolution
+from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
 from dilated_attention_pytorch.nn.positions import Rotary, Rotation, XPos, alibi_slopes, rotate
+from dilated_attention_pytorch.nn.sparse import BlockSparseAttention, MultiheadBlockSparseAttention
 from dilated_attention_pytorch.nn.transformer import (
     DilatedTransformer,
     DilatedTransformerDecoderLayer,
@@ -14,6 +17,8 @@ from dilated_attention_pytorch.nn.transformer import (
 )
 
 __all__ = [
+    "AdaptiveSparseAttention",
+    "BlockSparseAttention",
     "DilatedAttention",
     "DilatedTransformer",
     "DilatedTransformerDecoderLayer",
@@ -21,7 +26,10 @@ __all__ = [
     "FeedForward",
     "KeyValueCache",
     "LayerCache",
+    "MultiheadAdaptiveSparseAttention",
+    "MultiheadBlockSparseAttention",
     "MultiheadDilatedAttention",
+    "MultiheadPatternAttention",
     "Rotary",
     "Rotation",
     "ShortConvolution",

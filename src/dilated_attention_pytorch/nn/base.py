@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,11 @@ from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.backends import check_backend_name
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns import Documents, Pattern
+from dilated_attention_pytorch.problem import check_inputs
 from dilated_attention_pytorch.scores import Score
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class PatternAttention(nn.Module):
@@ -111,6 +117,29 @@ def check_dropout(name: str, p: float) -> float:
     return float(p)
 
 
+def check_max_length(max_length: int | None) -> int | None:
+    """``max_length`` when it is a number of tokens or None, else InvalidInput."""
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise InvalidInput(f"expected max_length of at least 1 token, or None. Got {max_length!r}.")
+    return max_length
+
+
+def place_rows(query: Tensor, key: Tensor, query_start: int | None, max_length: int | None = None) -> tuple[int, int]:
+    """One past the last position of the queries, and of the keys, of tensors that fit together.
+
+    Raises InvalidInput where they do not, or go beyond ``max_length``.
+
+    Example:
+        >>> place_rows(torch.zeros(1, 2, 1, 4), torch.zeros(1, 9, 1, 4), None)
+        (9, 9)
+    """
+    _, start = check_inputs(query, key, key, query_start=query_start)
+    ends = start + query.shape[1], key.shape[1]
+    if max_length is not None and max(ends) > max_length:
+        raise InvalidInput(f"expected at most max_length = {max_length} tokens. Got positions up to {max(ends) - 1}.")
+    return ends
+
+
 def bias_from_mask(name: str, mask: Tensor, like: Tensor, *, true_takes_part: bool) -> Tensor:
     """``mask`` as a bias for ``attend``: a boolean mask becomes 0 and -inf, a float mask stays; in lse's precision.
 
@@ -156,3 +185,28 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def run_eagerly(why: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """A decorator: compiled code stops before the function, runs it as it is, and goes on behind it.
+
+    Where a whole graph was asked for, the error of `torch.compile` says ``why``. (`torch.compiler.disable` imports the
+    compiler, so it is asked for only while compiling.)
+
+    Example:
+        >>> run_eagerly("numbers decide")(max)(1, 2)
+        2
+    """
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @wraps(function)
+        def call(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(msg=why)
+                eager: Callable[Arguments, Result] = torch.compiler.disable(function, reason=why)
+                return eager(*arguments, **options)
+            return function(*arguments, **options)
+
+        return call
+
+    return decorate

@@ -163,18 +163,23 @@ class MultiheadPatternAttention(nn.Module):
         bias = None if attn_mask is None else self._bias(attn_mask, q, past + k.shape[1])
         if cache is not None:
             k, v = cache.append(k, v)
-        out = self.attention(
-            q,
-            k,
-            v,
-            is_causal,
-            bias,
-            key_padding_mask=key_padding_mask,
-            query_start=query_start,
-            documents=documents,
-            need_weights=need_weights,
-            **inner,
-        )
+        try:
+            out = self.attention(
+                q,
+                k,
+                v,
+                is_causal,
+                bias,
+                key_padding_mask=key_padding_mask,
+                query_start=query_start,
+                documents=documents,
+                need_weights=need_weights,
+                **inner,
+            )
+        except BaseException:
+            if cache is not None:
+                cache.truncate(past)
+            raise
         if need_weights:
             out, weights = out
             return self._finish(out), weights.mean(1) if average_attn_weights else weights

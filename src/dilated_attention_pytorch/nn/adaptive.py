@@ -1,0 +1,324 @@
+"""Adaptive attention as layers: which blocks are computed is chosen from the queries and keys of the call."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, place_rows, run_eagerly
+from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
+from dilated_attention_pytorch.patterns import Causal, Documents, Full, Pattern
+from dilated_attention_pytorch.scores import Score
+from dilated_attention_pytorch.selection import MeanPooled, SelectedTiles, Selector, TopBlocks
+
+OVERLAPS_KEPT = 256
+"""How many of the last overlaps a layer remembers."""
+
+
+class AdaptiveSparseAttention(PatternAttention):
+    """Attention of ready-made heads over the blocks that ``selector`` chooses from the queries and keys of the call.
+
+    ``selector`` is a `Selector`, or is called as one; None is ``Selector(MeanPooled(), TopBlocks())``. ``budget`` is
+    the share of blocks that a block of queries gets, or their number as an int; a share below one block is one.
+    The choice is within ``pattern`` (default: `Full`), reads no bias, score or dropout, and is a constant to autograd:
+    gradients of q, k and v are exactly those of the chosen pairs. Modules in the selector (a learned gate) are
+    registered under ``learned``; only their own loss moves them.
+
+    With ``keep`` above 1 a choice serves so many calls, one after another, as long as shapes, masks, pattern, mode and
+    device stay; else, and after `forget`, the next call chooses anew. A kept choice comes from earlier calls' tokens.
+    ``selected`` is the last choice, and ``overlaps`` has the Jaccard index of each new one with the one before, where
+    both are tables of one size. None of this is in the state_dict.
+
+    ``max_length`` (tokens), when given, is checked. Other options as in `DilatedAttention`. Raises InvalidInput for
+    options that are not legal.
+
+    Example:
+        >>> attention = AdaptiveSparseAttention(Selector(MeanPooled(), TopBlocks(), block_size=32), budget=0.25)
+        >>> q = k = v = torch.randn(1, 512, 4, 16)
+        >>> attention(q, k, v, is_causal=True).shape, attention.selected.layout.shape
+        (torch.Size([1, 512, 4, 16]), torch.Size([1, 4, 16, 16]))
+    """
+
+    def __init__(
+        self,
+        selector: Callable[..., Pattern] | None = None,
+        budget: float | int | None = 0.1,
+        *,
+        keep: int = 1,
+        softmax_scale: float | None = None,
+        attention_dropout: float = 0.0,
+        op: str | None = None,
+        pattern: Pattern | None = None,
+        score: Score | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(softmax_scale, attention_dropout, op, score)
+        self.selector = Selector(MeanPooled(), TopBlocks()) if selector is None else selector
+        if not callable(self.selector):
+            raise InvalidInput(
+                f"expected selector to be a Selector, or called as one. Got {type(self.selector).__name__}."
+            )
+        self.learned = nn.ModuleDict(_modules_in(self.selector))
+        self.budget = _check_budget(budget)
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise InvalidInput(f"expected keep, the calls that a choice serves, to be at least 1. Got {keep!r}.")
+        self.keep = keep
+        self.pattern = Full() if pattern is None else pattern
+        if not isinstance(self.pattern, Pattern):
+            raise InvalidInput(f"expected pattern to be a Pattern, such as Full(). Got {type(pattern).__name__}.")
+        self.max_length = check_max_length(max_length)
+        self.selected: Pattern | None = None
+        self.overlaps: deque[float] = deque(maxlen=OVERLAPS_KEPT)
+        self._asked: _Asked | None = None
+        self._served = 0
+
+    def forget(self) -> None:
+        """The next call chooses anew, and its choice is compared with none."""
+        self.selected, self._asked, self._served = None, None, 0
+
+    def choose_pattern(self, query: Tensor, key: Tensor, is_causal: bool, query_start: int | None) -> Pattern:
+        """What a choice is made within, causal on request."""
+        if not is_causal or self.pattern.is_causal:
+            return self.pattern
+        return Causal() if isinstance(self.pattern, Full) else self.pattern & Causal()
+
+    @run_eagerly("AdaptiveSparseAttention chooses blocks from the numbers in q and k: compile without fullgraph")
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        attention_mask: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        query_start: int | None = None,
+        documents: Documents | None = None,
+        need_weights: bool = False,
+        selected: Pattern | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `DilatedAttention.forward`, over the chosen blocks.
+
+        ``selected`` is another layer's choice, used for this call within this call's own pattern, mask and documents;
+        what this layer keeps stays as it is. Blocks are counted from the first token, not from each document's.
+        """
+        place_rows(query, key, query_start, self.max_length)
+        pattern = self.choose_pattern(query, key, is_causal, query_start)
+        if documents is not None:
+            pattern = documents.of(pattern)
+        asked = None
+        if selected is not None:
+            chosen = _within(pattern, selected)
+        else:
+            asked = self._ask(query, key, pattern, key_padding_mask, query_start)
+            chosen = self._choose(asked, query, key, pattern, key_padding_mask, query_start)
+        result = self._attend(query, key, value, chosen, attention_mask, key_padding_mask, query_start, need_weights)
+        if asked is not None and not _in_backward():
+            self._remember(chosen, asked)
+        return result
+
+    def extra_repr(self) -> str:
+        """The selector and the options."""
+        within = self.pattern.text()
+        return f"{self.selector}, budget={self.budget}, keep={self.keep}, pattern={within}, backend={self.backend!r}"
+
+    def _ask(
+        self, query: Tensor, key: Tensor, pattern: Pattern, mask: Tensor | None, query_start: int | None
+    ) -> _Asked:
+        facts = (query.shape, key.shape, query_start, str(query.device), self.training, self.selector, self.budget)
+        tables = pattern.tables if mask is None else (*pattern.tables, mask.clone())
+        return _Asked((*facts, pattern.text(), mask is None), tables if self.keep > 1 else ())
+
+    def _choose(
+        self,
+        asked: _Asked,
+        query: Tensor,
+        key: Tensor,
+        pattern: Pattern,
+        key_padding_mask: Tensor | None,
+        query_start: int | None,
+    ) -> Pattern:
+        # a checkpointed layer runs again in backward, and must use what it used
+        served = self._served - 1 if _in_backward() else self._served
+        if self.selected is not None and served < self.keep > 1 and asked.equals(self._asked):
+            return self.selected
+        with torch.no_grad():
+            return self.selector(
+                query,
+                key,
+                self._budget_of(key.shape[1]),
+                pattern,
+                key_padding_mask=key_padding_mask,
+                query_start=query_start,
+                scale=self.softmax_scale,
+            )
+
+    def _budget_of(self, key_length: int) -> float | int | None:
+        """The budget, at least one block of keys."""
+        size = getattr(self.selector, "block_size", None)
+        if isinstance(self.budget, float) and isinstance(size, int) and self.budget * -(-key_length // size) < 1:
+            return 1
+        return self.budget
+
+    def _remember(self, chosen: Pattern, asked: _Asked) -> None:
+        if chosen is self.selected:
+            self._served += 1
+            return
+        if self._asked is not None and asked.facts == self._asked.facts:
+            self.overlaps.extend(_overlap(chosen, self.selected))
+        self.selected, self._asked, self._served = chosen, asked, 1
+
+
+class MultiheadAdaptiveSparseAttention(MultiheadPatternAttention):
+    """Projections, adaptive attention, sub-LayerNorm and output projection.
+
+    ``selector``, ``budget``, ``keep``, ``pattern`` and ``max_length`` are those of `AdaptiveSparseAttention`, which is
+    the module ``attention``; the others are those of `MultiheadDilatedAttention`. ``position="xpos"`` counts from the
+    middle of ``max_length``, and needs it.
+
+    Example:
+        >>> chooser = Selector(MeanPooled(), TopBlocks(), block_size=32)
+        >>> layer = MultiheadAdaptiveSparseAttention(64, 4, chooser, budget=3, position="rotary")
+        >>> layer(torch.randn(2, 300, 64), is_causal=True).shape, layer.attention.selected.density < 0.35
+        (torch.Size([2, 300, 64]), True)
+    """
+
+    attention: AdaptiveSparseAttention
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        selector: Callable[..., Pattern] | None = None,
+        budget: float | int | None = 0.1,
+        dropout: float = 0.0,
+        bias: bool = True,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        op: str | None = None,
+        *,
+        keep: int = 1,
+        num_kv_heads: int | None = None,
+        position: str = "none",
+        pattern: Pattern | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        if position == "xpos" and max_length is None:
+            raise InvalidInput("xpos counts from the middle of max_length: give max_length=, or use 'rotary'.")
+        attention = AdaptiveSparseAttention(
+            selector, budget, keep=keep, attention_dropout=dropout, op=op, pattern=pattern, max_length=max_length
+        )
+        super().__init__(
+            embed_dim,
+            num_heads,
+            attention,
+            bias=bias,
+            layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
+            gamma_init=gamma_init,
+            device=device,
+            dtype=dtype,
+            num_kv_heads=num_kv_heads,
+            position=position,
+            segment_lengths=None if max_length is None else (max_length,),
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        average_attn_weights: bool = True,
+        *,
+        selected: Pattern | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `MultiheadDilatedAttention.forward`, whose further keywords are ``options``.
+
+        ``selected`` is another layer's choice, as in `AdaptiveSparseAttention.forward`.
+        """
+        return self._forward(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            is_causal,
+            average_attn_weights,
+            selected=selected,
+            **options,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What a choice was made for."""
+
+    facts: tuple[Any, ...]
+    tables: tuple[Tensor, ...]
+
+    def equals(self, other: _Asked | None) -> bool:
+        if other is None or self.facts != other.facts:
+            return False
+        return all(a is b or torch.equal(a, b) for a, b in zip(self.tables, other.tables, strict=True))
+
+
+def _overlap(chosen: Pattern, before: Pattern | None) -> tuple[float, ...]:
+    """The Jaccard index of two choices; nothing unless both are tables of one size."""
+    if not isinstance(chosen, SelectedTiles) or not isinstance(before, SelectedTiles):
+        return ()
+    if chosen.layout.shape != before.layout.shape or chosen.blocks.block_size != before.blocks.block_size:
+        return ()
+    return (chosen.overlap(before),)
+
+
+def _within(pattern: Pattern, selected: Pattern) -> Pattern:
+    """What was chosen elsewhere, of ``pattern``."""
+    if isinstance(selected, SelectedTiles):
+        return SelectedTiles(selected.blocks, pattern)
+    raise InvalidInput(
+        f"expected selected to be another layer's choice, SelectedTiles. Got {type(selected).__name__}; a pattern of "
+        "one's own is the layer's pattern=."
+    )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work in this thread: then a forward is a checkpointed one, computed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _check_budget(budget: float | int | None) -> float | int | None:
+    if budget is None:
+        return None
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise InvalidInput(f"expected budget as float (share), int (blocks) or None. Got {budget!r}.")
+    if budget < 1 if isinstance(budget, int) else not 0.0 < budget <= 1.0:
+        raise InvalidInput(f"expected budget as a share in (0, 1], or blocks as an int of at least 1. Got {budget!r}.")
+    return budget
+
+
+def _modules_in(selector: object) -> dict[str, nn.Module]:
+    """The modules that a selector of dataclasses holds, by the path of their fields."""
+    found: dict[str, nn.Module] = {}
+    if is_dataclass(selector) and not isinstance(selector, nn.Module):
+        for f in fields(selector):
+            part = getattr(selector, f.name)
+            if isinstance(part, nn.Module):
+                found[f.name] = part
+            else:
+                found |= {f"{f.name}_{name}": module for name, module in _modules_in(part).items()}
+    return found
