@@ -1,18 +1,26 @@
 """Who sees whom, decided from q and k at run time: selectors that give a pattern, `SelectedTiles`."""
 
 from dilated_attention_pytorch.selection.blocks import QueryBlocks, SelectedTiles, TokenBlocks, query_blocks
-from dilated_attention_pytorch.selection.rules import TopBlocks
-from dilated_attention_pytorch.selection.scores import MeanPooled
+from dilated_attention_pytorch.selection.mass import block_mass, mass_recall
+from dilated_attention_pytorch.selection.rules import Mass, Threshold, TopBlocks
+from dilated_attention_pytorch.selection.scores import Antidiagonal, MeanPooled, MinMax, Oracle
 from dilated_attention_pytorch.selection.selector import BlockScore, Rule, Selector
 
 __all__ = [
+    "Antidiagonal",
     "BlockScore",
+    "Mass",
     "MeanPooled",
+    "MinMax",
+    "Oracle",
     "QueryBlocks",
     "Rule",
     "SelectedTiles",
     "Selector",
+    "Threshold",
     "TokenBlocks",
     "TopBlocks",
+    "block_mass",
+    "mass_recall",
     "query_blocks",
 ]

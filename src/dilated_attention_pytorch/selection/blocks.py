@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns import BlockSparse, Pattern
 from dilated_attention_pytorch.patterns.base import And, Block
-from dilated_attention_pytorch.problem import Problem, positions_end
+from dilated_attention_pytorch.problem import Problem, check_inputs, make_problem, positions_end
 
 _BOUND_CELLS = 1 << 22
 """Blocks whose bounds are asked at once: bounds hold memory for some int64 of each."""
@@ -94,6 +94,22 @@ class TokenBlocks:
     def mean(self) -> Tensor:
         """The mean of the rows that are held, 0 where there are none: (B, blocks, heads, D), float32."""
         return self.rows.sum(2, dtype=torch.float32) / self.count[..., None, None]
+
+    @cached_property
+    def least(self) -> Tensor:
+        """The least value per channel of the rows that are held, 0 where there are none: dims as `mean`."""
+        return self._or_zero(self._filled(torch.inf).amin(2))
+
+    @cached_property
+    def greatest(self) -> Tensor:
+        """The greatest value per channel, likewise."""
+        return self._or_zero(self._filled(-torch.inf).amax(2))
+
+    def _filled(self, filler: float) -> Tensor:
+        return self.rows if self.complete else self.rows.masked_fill(~self.held[..., None, None], filler)
+
+    def _or_zero(self, x: Tensor) -> Tensor:
+        return x.float() if self.complete else x.float().masked_fill(~self.held.any(-1)[..., None, None], 0.0)
 
     def part(self, first: int, last: int) -> TokenBlocks:
         """The blocks ``first <= i < last``."""
@@ -186,6 +202,37 @@ class QueryBlocks:
             always=self.always[:, :, first:last],
             first_block=self.first_block + first,
         )
+
+
+def blocks_problem(
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern,
+    *,
+    key_padding_mask: Tensor | None = None,
+    query_start: int | None = None,
+    scale: float | None = None,
+) -> Problem:
+    """The problem of q, k and a pattern, checked as `attend` checks it; its values are the keys."""
+    if not isinstance(pattern, Pattern):
+        raise InvalidInput(f"selection: expected a pattern such as Causal(). Got {type(pattern).__name__}.")
+    scale, start = check_inputs(q, k, k, scale=scale, key_padding_mask=key_padding_mask, query_start=query_start)
+    problem = make_problem(q, k, k, scale=scale, query_start=start, key_padding_mask=key_padding_mask)
+    pattern.check(problem)
+    return problem
+
+
+def table_shape(problem: Problem, block_size: int) -> tuple[int, int, int, int]:
+    """(B, H, Q, K) of a table of blocks over all positions up to the last, at least one of each.
+
+    Example:
+        >>> q, k = torch.zeros(2, 3, 4, 8), torch.zeros(2, 9, 1, 8)
+        >>> table_shape(make_problem(q, k, k, scale=1.0, query_start=2), 4)
+        (2, 4, 2, 3)
+    """
+    ends = (positions_end(problem.query_positions), positions_end(problem.key_positions))
+    rows, columns = (max(1, -(-n // block_size)) for n in ends)
+    return max(1, problem.batch), problem.num_heads, rows, columns
 
 
 def query_blocks(

@@ -13,8 +13,14 @@ from torch import Tensor
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns import BlockSparse, Full, Pattern
-from dilated_attention_pytorch.problem import Problem, check_inputs, make_problem
-from dilated_attention_pytorch.selection.blocks import QueryBlocks, SelectedTiles, query_blocks
+from dilated_attention_pytorch.problem import Problem
+from dilated_attention_pytorch.selection.blocks import (
+    QueryBlocks,
+    SelectedTiles,
+    blocks_problem,
+    query_blocks,
+    table_shape,
+)
 
 _CELLS = 1 << 26
 """Scores of so many blocks, over samples and heads, are held at once: 256 MiB."""
@@ -103,16 +109,10 @@ class Selector:
         Raises InvalidInput for a budget below one block, and without one where the rule needs it.
         """
         pattern = Full() if pattern is None else pattern
-        if not isinstance(pattern, Pattern):
-            raise InvalidInput(f"Selector: expected a pattern such as Causal(). Got {type(pattern).__name__}.")
-        scale, start = check_inputs(q, k, k, scale=scale, key_padding_mask=key_padding_mask, query_start=query_start)
-        problem = make_problem(q, k, k, scale=scale, query_start=start, key_padding_mask=key_padding_mask)
-        pattern.check(problem)
-        columns = -(-problem.key_length // self.block_size)
-        self._check_budget(budget, max(1, columns))
+        problem = blocks_problem(q, k, pattern, key_padding_mask=key_padding_mask, query_start=query_start, scale=scale)
+        shape = table_shape(problem, self.block_size)
+        self._check_budget(budget, shape[-1])
         self.score.check(self.block_size, self.lookahead or not pattern.is_causal)
-        rows = -(-(start + problem.query_length) // self.block_size)
-        shape = (max(1, problem.batch), problem.num_heads, max(1, rows), max(1, columns))
         layout = torch.zeros(shape, dtype=torch.uint8, device=q.device)
         if q.numel() > 0 and k.numel() > 0:
             self._choose(layout, problem, pattern, budget)
@@ -154,7 +154,7 @@ class Selector:
         elif budget * columns < 1.0 - 1e-9:
             raise InvalidInput(
                 f"Selector: a budget of {budget} of {columns} blocks is below one block; the least is "
-                f"{1 / columns:.3g}. Take a smaller block_size than {self.block_size}, or give the number of blocks as an int."
+                f"{1 / columns:.3g}. Take a smaller block_size than {self.block_size}, or give blocks as an int."
             )
 
 
