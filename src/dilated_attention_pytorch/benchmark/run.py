@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,11 @@ from dilated_attention_pytorch.benchmark.attention import (
 )
 from dilated_attention_pytorch.benchmark.cases import CASES, Case
 from dilated_attention_pytorch.benchmark.grid import measure_grid
+from dilated_attention_pytorch.benchmark.locality import measure_orders, order_steps, order_tables
 from dilated_attention_pytorch.benchmark.measure import spread_text
+from dilated_attention_pytorch.benchmark.selectors import measure_selectors, selector_steps, selector_tables
+from dilated_attention_pytorch.benchmark.sparse import measure_sparse, sparse_steps, sparse_tables
+from dilated_attention_pytorch.benchmark.winners import measure_winners, winner_steps, winner_tables
 from dilated_attention_pytorch.training.environment import device_name, versions
 
 GOALS: dict[str, dict[str, dict[str, float]]] = {  # what falls short is shown, not hidden
@@ -84,6 +90,37 @@ def run_benchmarks(
 def run_grid(rounds: int = 5, progress: Callable[[], object] | None = None) -> dict[str, Any]:
     """Measure auto against the best backend on the grid; a dictionary that JSON can hold."""
     return about(rounds) | measure_grid(rounds, progress)
+
+
+Tables = list[tuple[str, tuple[str, ...], list[tuple[str, ...]], str]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A measurement of its own: what it is called, how often it reports progress, its results and their tables.
+
+    ``tables`` gives (title, columns, rows, note) of each.
+    """
+
+    words: str
+    steps: Callable[[int], int]
+    measure: Callable[..., dict[str, Any]]
+    tables: Callable[[dict[str, Any]], Tables]
+
+
+STUDIES: dict[str, Study] = {
+    "sparse": Study("measuring block-sparse attention", sparse_steps, measure_sparse, sparse_tables),
+    "selectors": Study("measuring selectors", selector_steps, measure_selectors, selector_tables),
+    "orders": Study("measuring orders of a grid", order_steps, measure_orders, order_tables),
+    "winners": Study("measuring where each way wins", winner_steps, measure_winners, winner_tables),
+}
+"""By the name of the file that their results are stored in."""
+
+
+def run_study(name: str, rounds: int, progress: Callable[[], object] | None, trained: Path) -> dict[str, Any]:
+    """The results of a study; a dictionary that JSON can hold. ``trained`` is the run whose model selectors judge."""
+    given = {"run": trained} if name == "selectors" else {}
+    return about(rounds) | STUDIES[name].measure(rounds, progress, **given)
 
 
 def device_folder(device: str) -> str:

@@ -1,4 +1,4 @@
-"""`dilated-attention bench`: speed, auto against the best, scaling, memory and import time, printed and stored."""
+"""`dilated-attention bench`: speed, auto against the best, sparse and adaptive attention; printed and stored."""
 
 from __future__ import annotations
 
@@ -9,22 +9,33 @@ from typing import Annotated, Any
 import typer
 
 from dilated_attention_pytorch.cli.console import err, out
+from dilated_attention_pytorch.cli.evaluate import LATEST
 from dilated_attention_pytorch.errors import InvalidInput
 
-PARTS = ("all", "speed", "grid")
+STUDIES = ("sparse", "selectors", "orders", "winners")
+PARTS = ("all", "speed", "grid", *STUDIES)
 
 
 def bench(
-    only: Annotated[str, typer.Option(help="all, speed (shapes, scaling, memory, import) or grid.")] = "all",
-    shapes: Annotated[str, typer.Option(help="Which shapes to measure: letters of A, B, C.")] = "ABC",
-    threads: Annotated[str, typer.Option(help="Thread counts, separated by commas.")] = "1,2",
+    only: Annotated[
+        str, typer.Option(help="all, or one part: speed, grid, sparse, selectors, orders or winners.")
+    ] = "all",
+    shapes: Annotated[str, typer.Option(help="Which shapes the speed part measures: letters of A, B, C.")] = "ABC",
+    threads: Annotated[str, typer.Option(help="Thread counts of the speed part, separated by commas.")] = "1,2",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; figures are medians over them.")] = 3,
+    trained: Annotated[
+        Path, typer.Option("--run", help="The run folder whose model the selectors part judges on held-out text.")
+    ] = LATEST,
+    page: Annotated[
+        Path | None, typer.Option(help="Measure nothing: draw the marked tables of this page from stored results.")
+    ] = None,
     gpu: Annotated[bool, typer.Option(help="Measure on the GPU instead: under 8 minutes.")] = False,
     folder: Annotated[
-        Path, typer.Option("--out", help="Where to store <device>/attention.json, grid.json, scaling.png, gpu.json.")
+        Path,
+        typer.Option("--out", help="Where results are stored: <device>/attention.json, grid.json, sparse.json ..."),
     ] = Path("benchmarks/results"),
 ) -> None:
-    """Measure dilated attention on this machine's CPU: some minutes, best on an otherwise idle machine.
+    """Measure attention on this machine's CPU: about 25 minutes for all, best on an otherwise idle machine.
 
     Every figure is a ratio of two runs of the same round, so that a noisy machine disturbs both sides.
     "pieces" is PyTorch's fused kernel on ready-made contiguous problems of the lengths w / r, without
@@ -33,14 +44,32 @@ def bench(
     The grid compares auto with every backend that can, and flags where it is more than 10 % behind the best:
     "dilated-attention tune" mends that.
 
+    Sparse and adaptive attention have four parts, each stored in a file of its name:
+
+    [bold]sparse[/bold]: useful FLOP/s of block-sparse attention over the dense kernel's, times faster than dense.
+
+    [bold]selectors[/bold]: what choosing blocks costs of the time that it saves; attention mass held and error of the
+    output, on heads of the model that "make run" trains and on random ones.
+
+    [bold]orders[/bold]: how much of a neighbourhood shares a segment in Hilbert, Morton, snake and raster order.
+
+    [bold]winners[/bold]: where dense, dilated, block-sparse and adaptive attention win, by tokens and density.
+
     [bold]Examples[/bold]
 
     dilated-attention bench --only speed --shapes B --threads 1
 
     dilated-attention bench --only grid
+
+    dilated-attention bench --only selectors --run runs/latest
+
+    dilated-attention bench --page docs/sparse_speed.md
     """
     if only not in PARTS:
         raise InvalidInput(f"--only: expected one of {', '.join(PARTS)}. Got {only!r}.")
+    if page is not None:
+        write_page(page, folder)
+        return
     if gpu:
         bench_gpu(folder, rounds)
         return
@@ -48,6 +77,9 @@ def bench(
         bench_speed(shapes, threads, rounds, folder)
     if only in ("all", "grid"):
         bench_grid(rounds, folder)
+    for name in STUDIES:
+        if only in ("all", name):
+            bench_study(name, rounds, trained, folder)
 
 
 def bench_speed(shapes: str, threads: str, rounds: int, folder: Path) -> None:
@@ -93,6 +125,29 @@ def bench_grid(rounds: int, folder: Path) -> None:
     table = Table(title, GRID_COLUMNS, grid_rows(results), behind + absent)
     out.print(table.to_rich())
     stored(results, folder, "grid.json")
+
+
+def bench_study(name: str, rounds: int, trained: Path, folder: Path) -> None:
+    """Print the tables of a study; store its results under its name. Selectors judge the model of a trained run."""
+    from dilated_attention_pytorch.benchmark.run import STUDIES, run_study
+    from dilated_attention_pytorch.reports.tables import Table
+
+    study = STUDIES[name]
+    results = measured(study.words, study.steps(rounds), lambda progress: run_study(name, rounds, progress, trained))
+    for title, columns, rows, note in study.tables(results):
+        out.print(Table(f"{title}, {results['device']}, {rounds} rounds", columns, rows, note).to_rich())
+    stored(results, folder, f"{name}.json")
+
+
+def write_page(page: Path, folder: Path) -> None:
+    """The page's marked tables are those of the results stored in the folder."""
+    from dilated_attention_pytorch.reports.measured import filled_page
+    from dilated_attention_pytorch.training.files import write_whole
+
+    if not page.is_file():
+        raise InvalidInput(f"--page: expected a Markdown file. {page} does not exist.")
+    write_whole(page, filled_page(page.read_text(encoding="utf-8"), folder).encode())
+    out.print(f"wrote {page}", soft_wrap=True)
 
 
 def bench_gpu(folder: Path, rounds: int) -> None:

@@ -61,6 +61,19 @@ class Table:
             table.add_row(*(Text(cell) for cell in row), style="bold" if number in self.strong else None)
         return table
 
+    def to_markdown(self) -> str:
+        """The table in Markdown with its note below; the title is the page's to give.
+
+        >>> print(Table("Speed", ("what", "GFLOP/s"), (("a|b", "98"),)).to_markdown(), end="")
+        | what | GFLOP/s |
+        |---|---|
+        | a\\|b | 98 |
+        """
+        lines = [self.columns, *self.rows]
+        cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        cells.insert(1, "|---" * len(self.columns) + "|")
+        return "\n".join(cells) + "\n" + (f"\n{self.note}\n" if self.note else "")
+
     def to_html(self) -> str:
         """The table as an HTML figure, every cell escaped."""
         head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
