@@ -42,17 +42,6 @@ class Block(NamedTuple):
         return Block(*(x[which] for x in self))
 
 
-class Grid(NamedTuple):
-    """Every ``rate``-th key of a segment (tokens), as a pattern may see them: rows of one residue are seen together.
-
-    ``binds_queries`` says whether only the queries on the grid see them, or queries in row order.
-    """
-
-    segment_length: int
-    rate: int
-    binds_queries: bool = True
-
-
 @dataclass(frozen=True)
 class Branch:
     """A product of simple patterns in closed form; a pattern with closed form is a sum of these.
@@ -159,9 +148,12 @@ class Pattern(ABC):
         return None
 
     @property
-    def grids(self) -> tuple[Grid, ...]:
-        """The grids on which the pattern itself, not its parts, sees keys: rows ordered by residue make it denser."""
-        return ()
+    def key_classes(self) -> int | None:
+        """The modulus by whose residues keys are to stand in order, whatever the tables hold; None leaves it to plans.
+
+        For patterns of which only the keys lie on grids.
+        """
+        return None
 
     def check(self, problem: Problem) -> None:
         """Raise InvalidInput when the pattern does not fit the problem's heads, batch or lengths."""

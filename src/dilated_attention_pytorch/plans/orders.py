@@ -133,14 +133,21 @@ def residue_order(pattern: Pattern, problem: Problem, block_size: tuple[int, int
     """The order by residue classes that leaves the fewest tiles, or None where no order leaves clearly fewer.
 
     Classes are modulo a dilation rate of the pattern, or the least common multiple of them all; where grids start anew
-    (segments that the rate does not divide, packed documents) so do the classes. Rows must stand in one run each.
+    (segments that the rate does not divide, packed documents) so do the classes. Rows must stand in one run each. Where
+    a part of the pattern names its `key_classes`, keys stand in that order without comparing, and queries in their own.
     """
     sides = (problem.query_positions, problem.key_positions)
     if any(len(runs) != 1 or runs[0].step != 1 for runs in sides):
         return None
+    fixed = [part.key_classes for part in _parts(pattern) if part.key_classes is not None]
+    if fixed:  # tables may come from later tokens, which must not decide in which order a row sums its keys
+        return _order(pattern, problem, math.lcm(*fixed), None, moves_queries=False)
+    classes = list(_classes(pattern, problem.key_length))
+    if not classes:
+        return None
     sample = _last_rows(problem, SAMPLE_ROWS)
     fewest, best = WORTH * visited_tiles(pattern, sample, block_size), None
-    for modulus, period in _classes(pattern, problem.key_length):
+    for modulus, period in classes:
         order = _order(pattern, sample, modulus, period)
         if order is not None:
             tiles = visited_tiles(pattern, order.placed(sample), block_size)
@@ -180,7 +187,9 @@ def _classes(pattern: Pattern, length: int) -> Iterator[tuple[int, int | None]]:
             yield r, w
 
 
-def _order(pattern: Pattern, problem: Problem, modulus: int, period: int | None) -> RowOrder | None:
+def _order(
+    pattern: Pattern, problem: Problem, modulus: int, period: int | None, moves_queries: bool = True
+) -> RowOrder | None:
     """The order by classes of this modulus, or None when it has too many runs or samples are packed differently."""
     starts = {0}
     for part in _parts(pattern):
@@ -196,7 +205,8 @@ def _order(pattern: Pattern, problem: Problem, modulus: int, period: int | None)
         starts.update(range(0, end, period))
     if len(starts) * modulus > MAX_RUNS:
         return None
-    queries, keys = (_runs(side, modulus, sorted(starts)) for side in (q, k))
+    keys = _runs(k, modulus, sorted(starts))
+    queries = _runs(q, modulus, sorted(starts)) if moves_queries else (Run(0, 1, q.length),)
     return RowOrder.of(queries, keys, problem.q.device)
 
 

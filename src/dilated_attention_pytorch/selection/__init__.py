@@ -1,14 +1,17 @@
 """Who sees whom, decided from q and k at run time: selectors that give a pattern, `SelectedTiles`."""
 
 from dilated_attention_pytorch.selection.blocks import QueryBlocks, SelectedTiles, TokenBlocks, query_blocks
+from dilated_attention_pytorch.selection.dilation import AdaptiveDilation, DilatedBlocks
 from dilated_attention_pytorch.selection.mass import block_mass, mass_recall
 from dilated_attention_pytorch.selection.rules import Mass, Threshold, TopBlocks
 from dilated_attention_pytorch.selection.scores import Antidiagonal, MeanPooled, MinMax, Oracle
 from dilated_attention_pytorch.selection.selector import BlockScore, Rule, Selector
 
 __all__ = [
+    "AdaptiveDilation",
     "Antidiagonal",
     "BlockScore",
+    "DilatedBlocks",
     "Mass",
     "MeanPooled",
     "MinMax",
