@@ -175,6 +175,12 @@ class QueryBlocks:
         """Query heads that share a key-value head."""
         return self.probe.shape[3] // self.keys.shape[3]
 
+    @cached_property
+    def open_columns(self) -> int:
+        """One past the last column that is open to some block of queries; 0 when none is."""
+        columns = self.open_blocks.any(dim=0).any(dim=0).any(dim=0).nonzero()
+        return int(columns[-1]) + 1 if len(columns) > 0 else 0
+
     def products(self, queries: Tensor, keys: Tensor) -> Tensor:
         """``<q, k>`` of one vector per block: (B, Q, H, d) with (B, K, Hkv, d) to (B, H, Q, K), kv heads shared."""
         b, q_blocks, heads, dim = queries.shape

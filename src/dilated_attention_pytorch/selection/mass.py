@@ -65,10 +65,8 @@ def mass_of(blocks: QueryBlocks) -> Tensor:
     at_once = max(1, _PAIRS // (size * size * k_blocks * blocks.kv_group))
     for row in range(0, q_blocks, at_once):
         part = blocks.part(row, min(row + at_once, q_blocks))
-        columns = part.open_blocks.any(dim=(0, 1, 2)).nonzero()
-        if len(columns) > 0:
-            last = int(columns[-1]) + 1
-            _fill(mass[:, :, row : row + at_once, :last], part)
+        if part.open_columns > 0:
+            _fill(mass[:, :, row : row + at_once, : part.open_columns], part)
     return mass
 
 

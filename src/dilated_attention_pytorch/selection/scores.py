@@ -19,8 +19,8 @@ from dilated_attention_pytorch.selection.blocks import QueryBlocks
 from dilated_attention_pytorch.selection.mass import mass_of
 from dilated_attention_pytorch.selection.selector import BlockScore
 
-_PAIRS = 1 << 22
-"""Strided logits that are held at once: 16 MiB."""
+_PAIRS = 1 << 20
+"""Strided logits that are held at once: 4 MiB; more, and causal rows that could end early are read to the end."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -110,8 +110,9 @@ class Antidiagonal(BlockScore):
             keys = self._strided(blocks.keys[..., kv_head : kv_head + 1, :].flip(2), 1)[:, 0]  # (B, K V, stride D)
             for row in range(0, q_blocks, at_once):
                 part = blocks.part(row, min(row + at_once, q_blocks))
-                columns = part.open_blocks.any(dim=(0, 1, 2)).nonzero()
-                last = int(columns[-1]) + 1 if len(columns) > 0 else 0
+                last = part.open_columns
+                if last == 0:
+                    continue
                 queries = self._strided(part.probe[..., members, :], group)
                 logits = queries.flatten(1, 2) @ keys[:, : last * strides].transpose(1, 2)
                 logits = logits.view(batch, group, -1, strides, last, strides)
