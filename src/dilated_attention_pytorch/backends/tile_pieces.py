@@ -75,7 +75,7 @@ _lock = threading.Lock()
 def pieces_of(plan: TilePlan, part: Part, key_length: int, gathered_rows: int, max_units: int | None) -> TilePieces:
     """The pieces of a part, made once for a plan; each reads at most ``gathered_rows`` key rows that must be copied.
 
-    A unit with more tiles is in several pieces. No piece has more than ``max_units`` units.
+    A unit with tiles for more than half as many is in several pieces. No piece has more than ``max_units`` units.
     """
     batched, headed = (size > 1 for size in plan.kv_num.shape[:2])
     place = (part.samples if batched else None, part.heads if headed else None)
@@ -120,7 +120,8 @@ class _Cut:
         self.size = min(plan.block_size[1], key_length)
         self.key_blocks, self.q_blocks = -(-key_length // self.size), plan.kv_num.shape[2]
         self.lacks = self.key_blocks * self.size - key_length  # rows, in the last block of keys
-        self.most_tiles, self.max_units = max(1, gathered_rows // self.size), max_units
+        self.call_tiles, self.max_units = max(1, gathered_rows // self.size), max_units
+        self.list_tiles = max(1, self.call_tiles // 2)  # a call of one problem has work for one thread only
         units = part.shape[0] * part.shape[1] * self.q_blocks
         self.touched, self.written = np.zeros(units, dtype=bool), np.zeros(units, dtype=bool)
 
@@ -134,12 +135,12 @@ class _Cut:
         return TilePieces(tuple(found), bool(self.written.all()))
 
     def _of_kind(self, count: int, tiles: _Tiles) -> list[TilePiece]:
-        """The tiles of one kind, cut in lists of at most `most_tiles`, lists of equal lengths together."""
+        """The tiles of one kind, cut in lists of at most `list_tiles`, lists of equal lengths together."""
         if len(tiles.unit) == 0:
             return []
         n = len(tiles.unit)
         rank = np.arange(n) - np.searchsorted(tiles.unit, tiles.unit)
-        starts = np.flatnonzero(rank % self.most_tiles == 0)
+        starts = np.flatnonzero(rank % self.list_tiles == 0)
         sizes = np.diff(np.append(starts, n))
         ragged = (tiles.block[starts + sizes - 1] == self.key_blocks - 1) & (self.lacks > 0)
         order = np.lexsort((ragged, sizes, rank[starts] > 0))  # first lists first; units stay ascending
@@ -148,7 +149,7 @@ class _Cut:
         found = []
         for low, high in pairwise([0, *edges.tolist(), len(order)]):
             _, m, is_ragged = alike[low].tolist()
-            step = max(1, self.most_tiles // m)
+            step = max(1, self.call_tiles // m)
             step = step if self.max_units is None else min(step, self.max_units)
             for first in range(low, high, step):
                 entries = starts[order[first : min(first + step, high)], None] + np.arange(m)
