@@ -1,6 +1,6 @@
 """Long-context attention that is exact, on any device, at any length: LongNet's dilated attention and its relatives.
 
-Layers and models are imported when they are first asked for.
+Layers, models, selectors and orders are imported when they are first asked for.
 """
 
 from importlib import import_module
@@ -11,25 +11,43 @@ from dilated_attention_pytorch.compat import TorchscaleCompat
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
 from dilated_attention_pytorch.explanation import Explanation, explain
 from dilated_attention_pytorch.merging import merge
-from dilated_attention_pytorch.patterns import Causal, Dilated, Documents, Full, Pattern, Window, longnet
+from dilated_attention_pytorch.patterns import BlockSparse, Causal, Dilated, Documents, Full, Pattern, Window, longnet
 from dilated_attention_pytorch.reference import reference_attention
 from dilated_attention_pytorch.scores import Relative, Softcap
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.models import LongNet, LongNetEncoder, LongNetLM
-    from dilated_attention_pytorch.nn import DilatedAttention, MultiheadDilatedAttention
+    from dilated_attention_pytorch.nn import (
+        AdaptiveSparseAttention,
+        BlockSparseAttention,
+        DilatedAttention,
+        MultiheadAdaptiveSparseAttention,
+        MultiheadBlockSparseAttention,
+        MultiheadDilatedAttention,
+    )
+    from dilated_attention_pytorch.orderings import hilbert_order
+    from dilated_attention_pytorch.selection import Selector
 
 __version__ = "0.3.0"
 
 _LATER = {
+    "AdaptiveSparseAttention": "nn",
+    "BlockSparseAttention": "nn",
     "DilatedAttention": "nn",
+    "MultiheadAdaptiveSparseAttention": "nn",
+    "MultiheadBlockSparseAttention": "nn",
     "MultiheadDilatedAttention": "nn",
+    "Selector": "selection",
+    "hilbert_order": "orderings",
     "LongNet": "models",
     "LongNetEncoder": "models",
     "LongNetLM": "models",
 }
 
 __all__ = [
+    "AdaptiveSparseAttention",
+    "BlockSparse",
+    "BlockSparseAttention",
     "Causal",
     "Dilated",
     "DilatedAttention",
@@ -40,15 +58,19 @@ __all__ = [
     "LongNet",
     "LongNetEncoder",
     "LongNetLM",
+    "MultiheadAdaptiveSparseAttention",
+    "MultiheadBlockSparseAttention",
     "MultiheadDilatedAttention",
     "NoBackend",
     "Pattern",
     "Relative",
+    "Selector",
     "Softcap",
     "TorchscaleCompat",
     "Window",
     "attend",
     "explain",
+    "hilbert_order",
     "longnet",
     "longnet_attention",
     "merge",
