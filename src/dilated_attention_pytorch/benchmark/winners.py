@@ -25,6 +25,7 @@ from dilated_attention_pytorch.selection import MeanPooled, Selector, TopBlocks
 
 WAYS = ("dense", "dilated", "block-sparse", "adaptive")
 WORKS = ("forward", "forward + backward")
+FIGURE_DENSITY = 0.10
 TIE = 1.05
 """Ways whose medians are within this factor of the fastest win with it."""
 
@@ -176,6 +177,19 @@ def fastest(cell: dict[str, Any]) -> list[str]:
     """The ways of a cell that win: the fastest, and those within a tie of it."""
     medians = {way: figures["median"] for way, figures in cell["ways"].items() if "median" in figures}
     return [way for way in WAYS if way in medians and medians[way] <= TIE * min(medians.values())]
+
+
+def times_faster_by_tokens(results: dict[str, Any], density: float) -> dict[str, dict[int, float]]:
+    """By way, how many times faster than dense it is forward at one density, by tokens; left out where either is."""
+    found: dict[str, dict[int, float]] = {}
+    for cell in results["cells"]:
+        if cell["work"] != WORKS[0] or cell["density"] != density:
+            continue
+        medians = {way: figures["median"] for way, figures in cell["ways"].items() if "median" in figures}
+        for way in WAYS[1:]:
+            if way in medians and "dense" in medians:
+                found.setdefault(way, {})[cell["tokens"]] = round(medians["dense"] / medians[way], 2)
+    return found
 
 
 def time_text(milliseconds: float) -> str:

@@ -130,13 +130,34 @@ def bench_grid(rounds: int, folder: Path) -> None:
 def bench_study(name: str, rounds: int, trained: Path, folder: Path) -> None:
     """Print the tables of a study; store its results under its name. Selectors judge the model of a trained run."""
     from dilated_attention_pytorch.benchmark.run import STUDIES, run_study
+    from dilated_attention_pytorch.reports.figures import check_matplotlib
     from dilated_attention_pytorch.reports.tables import Table
 
+    if name == "winners":
+        check_matplotlib()  # before the measurement, not behind it
     study = STUDIES[name]
     results = measured(study.words, study.steps(rounds), lambda progress: run_study(name, rounds, progress, trained))
     for title, columns, rows, note in study.tables(results):
         out.print(Table(f"{title}, {results['device']}, {rounds} rounds", columns, rows, note).to_rich())
-    stored(results, folder, f"{name}.json")
+    target = stored(results, folder, f"{name}.json")
+    if name == "winners":
+        winners_figure(results, target)
+
+
+def winners_figure(results: dict[str, Any], target: Path) -> None:
+    """``winners.png`` in the target folder shows how many times faster than dense each way is, at one density."""
+    from dilated_attention_pytorch.benchmark.winners import FIGURE_DENSITY, times_faster_by_tokens
+    from dilated_attention_pytorch.reports.figures import Curve, line_figure
+
+    by_way = times_faster_by_tokens(results, FIGURE_DENSITY)
+    line_figure(
+        target / "winners.png",
+        f"Forward, times faster than dense attention, with {100 * FIGURE_DENSITY:.0f} % of its pairs",
+        f"tokens; {results['shape']}, {results['threads']} threads",
+        "times faster than dense",
+        [Curve(list(points), list(points.values()), way) for way, points in by_way.items()],
+        ticks=sorted({tokens for points in by_way.values() for tokens in points}),
+    )
 
 
 def write_page(page: Path, folder: Path) -> None:
