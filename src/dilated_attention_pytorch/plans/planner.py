@@ -70,7 +70,7 @@ def candidate_plans(pattern: Pattern, problem: Problem, tiles: bool = False) -> 
         problem.query_positions,
         problem.key_positions,
         problem.key_lengths,
-        tiles,
+        tiles or pattern.branches() is None,  # without a closed form tables are made whether they are asked for or not
     )
     with _lock:
         if key in _cache:
