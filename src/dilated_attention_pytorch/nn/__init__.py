@@ -5,6 +5,7 @@ from dilated_attention_pytorch.nn.attention import DilatedAttention, MultiheadDi
 from dilated_attention_pytorch.nn.cache import KeyValueCache, LayerCache
 from dilated_attention_pytorch.nn.convolution import ShortConvolution
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
+from dilated_attention_pytorch.nn.ordered import Ordered
 from dilated_attention_pytorch.nn.positions import Rotary, Rotation, XPos, alibi_slopes, rotate
 from dilated_attention_pytorch.nn.sparse import BlockSparseAttention, MultiheadBlockSparseAttention
 from dilated_attention_pytorch.nn.transformer import (
@@ -30,6 +31,7 @@ __all__ = [
     "MultiheadBlockSparseAttention",
     "MultiheadDilatedAttention",
     "MultiheadPatternAttention",
+    "Ordered",
     "Rotary",
     "Rotation",
     "ShortConvolution",

@@ -101,7 +101,7 @@ class Order:
 
     def to(self, device: torch.device | str) -> Order:
         """The same order on another device."""
-        return _known(self.permutation.to(device), self.inverse.to(device))
+        return known_order(self.permutation.to(device), self.inverse.to(device))
 
     def padding_last(self, padding: Tensor) -> Order:
         """This order (B, N), except that tokens where ``padding`` (B, N) is True go last in each sample.
@@ -121,7 +121,7 @@ class Order:
         moved = self.apply(padding, 1)
         visible_first = moved.byte().argsort(dim=1, stable=True)
         permutation = self.permutation.expand_as(moved).gather(1, visible_first)
-        return _known(permutation, _inverse(permutation))
+        return known_order(permutation, _inverse(permutation))
 
     def _moved(self, x: Tensor, dim: int, numbers: Tensor) -> Tensor:
         if not -x.dim() <= dim < x.dim():
@@ -149,8 +149,8 @@ def _inverse(permutation: Tensor) -> Tensor:
     return torch.empty_like(permutation).scatter_(-1, permutation, straight)
 
 
-def _known(permutation: Tensor, inverse: Tensor) -> Order:
-    """An order whose tensors are right by construction: nothing is checked, and no device waits."""
+def known_order(permutation: Tensor, inverse: Tensor) -> Order:
+    """The order of a permutation and its inverse that are known to be right: nothing is checked, no device waits."""
     order = object.__new__(Order)
     order._hold(permutation, inverse)
     return order
