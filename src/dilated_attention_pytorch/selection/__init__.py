@@ -1,6 +1,7 @@
 """Who sees whom, decided from q and k at run time: selectors that give a pattern, `SelectedTiles`."""
 
 from dilated_attention_pytorch.selection.blocks import QueryBlocks, SelectedTiles, TokenBlocks, query_blocks
+from dilated_attention_pytorch.selection.coarse import attend_with_coarse
 from dilated_attention_pytorch.selection.dilation import AdaptiveDilation, DilatedBlocks
 from dilated_attention_pytorch.selection.mass import block_mass, mass_recall
 from dilated_attention_pytorch.selection.rules import Mass, Threshold, TopBlocks
@@ -23,6 +24,7 @@ __all__ = [
     "Threshold",
     "TokenBlocks",
     "TopBlocks",
+    "attend_with_coarse",
     "block_mass",
     "mass_recall",
     "query_blocks",

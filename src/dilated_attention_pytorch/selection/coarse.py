@@ -1,0 +1,137 @@
+"""Coarse levels: blocks that were not chosen take part as one pooled key each, so that nothing is lost altogether.
+
+Legend: B batch, N tokens (Nq, Nk), H query heads, Hkv key-value heads, Q query blocks, K key blocks, S keys of a block,
+D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.attention import attend
+from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.merging import merge
+from dilated_attention_pytorch.patterns import BlockSparse
+from dilated_attention_pytorch.patterns.base import Block
+from dilated_attention_pytorch.problem import Problem, accumulate_dtype, positions_end
+from dilated_attention_pytorch.selection.blocks import SelectedTiles, block_bounds, blocks_problem
+
+_GREATEST_COUNT = 255
+"""Tables of tiles hold counts in 8 bits: a pooled key of more stands there several times, with a share of the count."""
+
+
+def attend_with_coarse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: SelectedTiles,
+    *,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    query_start: int | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Any:
+    """Attention over the chosen blocks, and over one pooled key for each block that was not chosen.
+
+    A pooled key is the mean of a block's unpadded keys, with the mean of their values, and counts as often as there are
+    such keys; it takes part only where every one of them is visible to every row of the block of queries, as often to
+    each, under the selection's own pattern. Both parts are merged by log-sum-exp: one softmax over all, as in MRA
+    (arXiv 2207.10284, section 4) and in NSA's compressed branch (arXiv 2502.11089). With every block chosen it equals
+    `attend`; it equals full attention, too, where all keys of a block are equal.
+
+    Shapes, arguments, result and errors are those of `attend`. Gradients flow to k and v through their means; which
+    blocks are pooled is a constant. Visibility is that which the pattern's `count_bounds` know of.
+
+    Example:
+        >>> from dilated_attention_pytorch.patterns import BlockSparse, Full
+        >>> none = SelectedTiles(BlockSparse(4, torch.zeros(2, 2, dtype=torch.bool)), Full())
+        >>> x = torch.zeros(1, 8, 1, 2)
+        >>> attend_with_coarse(x, x, x, none, return_lse=True)[1].exp().round().flatten().tolist()
+        [8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0]
+    """
+    if not isinstance(selected, SelectedTiles):
+        raise InvalidInput(
+            "attend_with_coarse: expected the SelectedTiles that a selector gives, or "
+            f"SelectedTiles(BlockSparse(...), pattern). Got {type(selected).__name__}."
+        )
+    options: dict[str, Any] = {"scale": scale, "backend": backend, "return_lse": True}
+    fine = attend(q, k, v, selected, key_padding_mask=key_padding_mask, query_start=query_start, **options)
+    problem = blocks_problem(
+        q, k, selected.right, key_padding_mask=key_padding_mask, query_start=query_start, scale=scale
+    )
+    if problem.key_length == 0 or problem.query_length == 0:
+        return fine if return_lse else fine[0]
+    rows, size = selected.blocks.block_size
+    counts = pooled_counts(problem, selected)
+    keys, values = (pooled(x, size, problem.key_lengths) for x in (k, v))
+    copies = -(-int(counts.max()) // _GREATEST_COUNT)
+    if copies > 1:
+        counts = torch.stack([(counts + i) // copies for i in range(copies)], -1).flatten(-2)
+        keys, values = (x.repeat_interleave(copies, 1) for x in (keys, values))
+    start = problem.query_positions[0].start
+    pattern = BlockSparse((rows, 1), counts.to(torch.uint8))
+    coarse = attend(q, keys, values, pattern, query_start=start, **options)
+    out, lse = merge(fine, coarse)
+    return (out, lse) if return_lse else out
+
+
+def pooled(x: Tensor, block_size: int, lengths: tuple[int, ...] | None = None) -> Tensor:
+    """The mean of each block's rows: (B, N, H, D) to (B, blocks, H, D), in x's dtype; differentiable.
+
+    Of sample b only the first ``lengths[b]`` rows are held; a block that holds none gives 0.
+
+    Example:
+        >>> pooled(torch.tensor([1.0, 3.0, 5.0, 8.0]).view(1, 4, 1, 1), 2, (3,)).flatten().tolist()
+        [2.0, 5.0]
+    """
+    batch, length = x.shape[:2]
+    blocks = -(-length // block_size)
+    held = _held(batch, length, block_size, lengths).to(x.device)  # (B, blocks)
+    sums = x.to(accumulate_dtype(x.dtype))
+    if lengths is not None:
+        place = torch.arange(length, device=x.device)
+        padding = place >= torch.tensor(lengths, device=x.device).view(-1, 1)
+        sums = sums.masked_fill(padding[..., None, None], 0.0)
+    sums = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, blocks * block_size - length))
+    means: Tensor = sums.unflatten(1, (blocks, block_size)).sum(2) / held.clamp(min=1)[..., None, None]
+    return means.to(x.dtype)
+
+
+def _held(batch: int, length: int, block_size: int, lengths: tuple[int, ...] | None) -> Tensor:
+    """Unpadded keys of every block: (B, K), int64."""
+    ends = torch.tensor(lengths if lengths is not None else (length,) * batch).view(-1, 1)
+    return (ends - torch.arange(-(-length // block_size)) * block_size).clamp(0, block_size)
+
+
+def pooled_counts(problem: Problem, selected: SelectedTiles) -> Tensor:
+    """How often each block of queries sees each pooled key: (B or 1, H or 1, Q, K), int64; 0 for chosen blocks.
+
+    A row of Q stands for every query of its block, held in the problem or not, so that a cached prefix changes nothing.
+    """
+    (rows, size), layout = selected.blocks.block_size, selected.layout
+    query_low = torch.arange(-(-positions_end(problem.query_positions) // rows)) * rows
+    key_low = torch.arange(-(-problem.key_length // size)) * size
+    lengths = problem.key_lengths or (problem.key_length,)
+
+    def visible(length: int) -> Tensor:
+        key_high = torch.maximum((key_low + size).clamp(max=length) - 1, key_low)
+        queries, keys = _block(query_low, query_low + rows - 1), _block(key_low, key_high)
+        low, high = block_bounds(selected.right, problem.num_heads, queries, keys)
+        return torch.where(low == high, low, 0)
+
+    known = {length: visible(length) for length in set(lengths)}
+    counts = [known[n][b if len(known[n]) > 1 else 0] for b, n in enumerate(lengths)]
+    if problem.key_lengths is None:
+        counts = list(known[lengths[0]])
+    held = _held(len(lengths), problem.key_length, size, problem.key_lengths)
+    seen = torch.stack(counts).to(layout.device) * held[:, None, None, :].to(layout.device)
+    chosen = layout[..., : seen.shape[-2], : seen.shape[-1]] > 0
+    return torch.where(chosen, 0, seen)
+
+
+def _block(low: Tensor, high: Tensor) -> Block:
+    return Block(low, high, (high > low).long())
