@@ -186,15 +186,30 @@ def test_all_blocks_hold_all_mass_and_the_oracle_is_the_limit():
             assert row["recall"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
             assert row["error"]["high"] == 0.0
             assert row["held"]["mean"] == 1.0
-    top = {(r["score"], r["lookahead"]): r["recall"]["mean"] for r in judged if r["budget"] == 0.2}
+    small = [r for r in judged if r["budget"] == 0.2]
+    top = {(r["score"], r["lookahead"]): r["recall"]["mean"] for r in small if r["rule"] == "TopBlocks"}
     assert top["Oracle", True] > max(mean for way, mean in top.items() if way[0] != "Oracle")
+    by_rule = {r["rule"]: r for r in judged if r["score"] in ("MeanPooled", "none") and not r["lookahead"]}
+    assert by_rule["TopBlocks + pooled blocks"]["recall"] is None
+    assert by_rule["TopBlocks + pooled blocks"]["error"]["high"] < 1e-5  # all are chosen
+    assert by_rule["local window"]["held"]["mean"] == pytest.approx(0.75, abs=0.1)  # half the length back
     for rule in ("Mass", "Threshold"):
         (row,) = (r for r in judged if r["rule"] == rule and r["budget"] == 0.2)
         assert row["held"]["mean"] == pytest.approx(0.25, abs=0.06)  # 0.23 are always chosen
     table = list(quality.quality_rows("text", judged, [0.2, 1.0]))
     assert len(table) == len(ways)
     assert {len(row) for row in table} == {len(quality.quality_columns([0.2, 1.0]))}
-    assert table[0][5] == "1.000 (1.00-1.00)"
+    assert [row[5] for row in table if row[2] == "TopBlocks"] == ["1.000 (1.00-1.00)"] * 3
+
+
+def test_a_budget_below_one_block_is_left_out():
+    ways = [quality.top_blocks("x", MeanPooled(), 64, False)]
+    judged = quality.judge([[layers_of()[0][0]]], ways, [0.2, 0.4], 64)
+    assert judged[0]["error"] is None
+    assert judged[1]["error"]["mean"] > 0
+    (row,) = quality.quality_rows("text", judged, [0.2, 0.4])
+    assert row[4] == "-"
+    assert row[-1].startswith("-, ")
 
 
 def test_choosing_is_measured_against_what_it_saves(monkeypatch, trained):

@@ -11,18 +11,21 @@ from torch import Tensor
 
 from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.benchmark.heads import Heads
-from dilated_attention_pytorch.patterns import Causal, Pattern
+from dilated_attention_pytorch.patterns import Causal, Pattern, local_window
 from dilated_attention_pytorch.patterns.base import dense_counts
 from dilated_attention_pytorch.selection import (
+    AdaptiveDilation,
     BlockScore,
     Mass,
     MeanPooled,
     Oracle,
     Rule,
+    SelectedTiles,
     Selector,
     Threshold,
     TopBlocks,
 )
+from dilated_attention_pytorch.selection.coarse import attend_with_coarse
 
 CALIBRATIONS, CALIBRATED_UP_TO = 10, 20.0
 """Halvings of the range in which a number is searched that makes a rule keep the share of pairs asked for."""
@@ -93,11 +96,49 @@ def calibrated(name: str, rule: Callable[[float], Rule], block_size: int, lookah
     return Way("MeanPooled", name, lookahead, prepare, chosen_only)
 
 
+def with_coarse(way: Way) -> Way:
+    """The same choice, and a pooled key for each block that was not chosen; its recall is not told."""
+
+    def compute(heads: Heads, chosen: Pattern) -> Result:
+        assert isinstance(chosen, SelectedTiles)
+        with torch.no_grad():
+            return Result(attend_with_coarse(heads.q, heads.k, heads.v, chosen), None)
+
+    return replace(way, rule=f"{way.rule} + pooled blocks", compute=compute)
+
+
+def adaptive_dilation(block_size: int) -> Way:
+    """Dilation rates by how fast queries change; tau is twice the mean of that over each layer's blocks."""
+
+    def prepare(layers: Layers, budget: float) -> Choose:
+        plain = AdaptiveDilation(block_size)
+        means = [torch.stack([plain.density(heads.q).mean() for heads in of]).mean() for of in layers]
+        tuned = [replace(plain, tau=2 * float(mean)) for mean in means]
+        return lambda layer, heads: tuned[layer](heads.q, heads.k, budget, Causal())
+
+    return Way("change of queries", "AdaptiveDilation", False, prepare, chosen_only)
+
+
+def window_only(block_size: int) -> Way:
+    """The last blocks before each, whatever the heads hold: what a choice has to beat."""
+
+    def prepare(layers: Layers, budget: float) -> Choose:
+        def choose(layer: int, heads: Heads) -> Pattern:
+            n = heads.q.shape[1]
+            return local_window(n, block_size=block_size, window=max(1, round(budget * n / 2))) & Causal()
+
+        return choose
+
+    return Way("none", "local window", False, prepare, chosen_only)
+
+
 def plain_ways(scores: dict[str, BlockScore], block_size: int) -> list[Way]:
-    """A row for each score, causal and with lookahead, for each rule, and the oracle."""
-    ways = [
+    """A row for each score, causal and with lookahead, for each rule, for coarse levels, and the oracle."""
+    ways = [window_only(block_size), adaptive_dilation(block_size)]
+    ways += [
         top_blocks(name, score, block_size, lookahead) for lookahead in (False, True) for name, score in scores.items()
     ]
+    ways.append(with_coarse(top_blocks("MeanPooled", MeanPooled(), block_size, lookahead=False)))
     ways.append(calibrated("Mass", lambda x: Mass(1 - 2**-x), block_size, lookahead=False))
     ways.append(calibrated("Threshold", lambda x: Threshold(2**-x), block_size, lookahead=False))
     ways.append(top_blocks("Oracle", Oracle(), block_size, lookahead=True))
@@ -126,13 +167,21 @@ def judge(
 ) -> list[dict[str, Any]]:
     """For every way and budget: share of pairs held, mass recall and output error, over layers, samples and heads.
 
+    A budget below one block has none of them.
+
     The recall of a head is the mean over its rows of ``exp(lse of what was computed - lse of all)``, its error the
     norm of the difference of outputs over the norm of full causal attention's.
     """
     full = [[chosen_only(heads, Causal()) for heads in of] for of in layers]
     rows: list[dict[str, Any]] = []
+    step = progress or (lambda: None)
     for way in ways:
         for budget in budgets:
+            row = {"score": way.score, "rule": way.rule, "lookahead": way.lookahead, "budget": budget}
+            if budget * -(-layers[0][0].q.shape[1] // block_size) < 1:
+                rows.append(row | {"held": None, "recall": None, "error": None})
+                step()
+                continue
             choose = way.prepare(layers, budget)
             held, recall, error = [], [], []
             for i, of in enumerate(layers):
@@ -143,10 +192,8 @@ def judge(
                     error += output_error(result.out, whole.out)
                     if result.lse is not None and whole.lse is not None:
                         recall += mass_recall(result.lse, whole.lse)
-            row = {"score": way.score, "rule": way.rule, "lookahead": way.lookahead, "budget": budget}
             rows.append(row | {"held": _of(held), "recall": _of(recall) if recall else None, "error": _of(error)})
-            if progress is not None:
-                progress()
+            step()
     return rows
 
 
@@ -181,9 +228,9 @@ def quality_rows(name: str, judged: Sequence[dict[str, Any]], budgets: Sequence[
         by_way.setdefault((row["score"], row["rule"], row["lookahead"]), {})[row["budget"]] = row
     for (score, rule, lookahead), of in by_way.items():
         cells = [_cell(of[budget][figure]) for figure in ("recall", "error") for budget in budgets]
-        held = ", ".join(f"{100 * of[budget]['held']['mean']:.1f} %" for budget in budgets)
+        held = ", ".join("-" if (x := of[b]["held"]) is None else f"{100 * x['mean']:.1f} %" for b in budgets)
         yield name, score, rule, "yes" if lookahead else "", *cells, held
 
 
 def _cell(of: dict[str, float] | None) -> str:
-    return "" if of is None else f"{of['mean']:.3f} ({of['low']:.2f}-{of['high']:.2f})"
+    return "-" if of is None else f"{of['mean']:.3f} ({of['low']:.2f}-{of['high']:.2f})"
