@@ -56,7 +56,7 @@ class SelectedTiles(And):
     @property
     def density(self) -> float:
         """Share of all blocks that were chosen, whether the pattern has pairs there or not."""
-        return float((self.layout > 0).float().mean())
+        return int((self.layout > 0).sum()) / self.layout.numel()
 
     def overlap(self, other: SelectedTiles) -> float:
         """Jaccard index of two choices: blocks in both over blocks in either; 1 when neither has any.
