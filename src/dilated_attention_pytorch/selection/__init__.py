@@ -3,6 +3,8 @@
 from dilated_attention_pytorch.selection.blocks import QueryBlocks, SelectedTiles, TokenBlocks, query_blocks
 from dilated_attention_pytorch.selection.coarse import attend_with_coarse
 from dilated_attention_pytorch.selection.dilation import AdaptiveDilation, DilatedBlocks
+from dilated_attention_pytorch.selection.distillation import distil, gate_loss
+from dilated_attention_pytorch.selection.gate import Gate
 from dilated_attention_pytorch.selection.mass import block_mass, mass_recall
 from dilated_attention_pytorch.selection.rules import Mass, Threshold, TopBlocks
 from dilated_attention_pytorch.selection.scores import Antidiagonal, MeanPooled, MinMax, Oracle
@@ -13,6 +15,7 @@ __all__ = [
     "Antidiagonal",
     "BlockScore",
     "DilatedBlocks",
+    "Gate",
     "Mass",
     "MeanPooled",
     "MinMax",
@@ -26,6 +29,8 @@ __all__ = [
     "TopBlocks",
     "attend_with_coarse",
     "block_mass",
+    "distil",
+    "gate_loss",
     "mass_recall",
     "query_blocks",
 ]

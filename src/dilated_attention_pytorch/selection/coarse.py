@@ -40,7 +40,7 @@ def attend_with_coarse(
     A pooled key is the mean of a block's unpadded keys, with the mean of their values, and counts as often as there are
     such keys; it takes part only where every one of them is visible to every row of the block of queries, as often to
     each, under the selection's own pattern. Both parts are merged by log-sum-exp: one softmax over all, as in MRA
-    (arXiv 2207.10284, section 4) and in NSA's compressed branch (arXiv 2502.11089). With every block chosen it equals
+    (arXiv 2207.10284) and in NSA's compressed branch (arXiv 2502.11089). With every block chosen it equals
     `attend`; it equals full attention, too, where all keys of a block are equal.
 
     Shapes, arguments, result and errors are those of `attend`. Gradients flow to k and v through their means; which

@@ -230,11 +230,11 @@ class AdaptiveDilation:
         """The number of blocks that a budget stands for."""
         if _is_whole(budget):
             return int(budget)  # type: ignore[arg-type]
-        if isinstance(budget, float) and 0 < budget <= 1:
-            return max(1, math.ceil(budget * blocks))
+        if isinstance(budget, float) and 1 - 1e-9 <= budget * blocks <= blocks:
+            return math.ceil(budget * blocks - 1e-9)  # 0.1 of 30 is 3, though it rounds to a little more
         raise InvalidInput(
             "AdaptiveDilation: expected a budget of at least one block of keys: a number of blocks as an int, or a "
-            f"share of them in (0, 1]. Got {budget!r}."
+            f"share of the {blocks} blocks in (0, 1]. Got {budget!r}."
         )
 
     def density(self, q: Tensor, query_start: int = 0, held: Tensor | None = None) -> Tensor:
