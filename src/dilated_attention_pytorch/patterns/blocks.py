@@ -13,6 +13,8 @@ from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns.base import Block, Index, Pattern
 from dilated_attention_pytorch.problem import Problem, positions_end
 
+_MOST_CELLS = 64
+
 
 @dataclass(frozen=True, eq=False)
 class BlockSparse(Pattern):
@@ -54,10 +56,10 @@ class BlockSparse(Pattern):
         return self._cells(self.layout.to(row.device), torch.as_tensor(head), row, column)
 
     def _cells(self, table: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """The counts of cells, 0 past the table's edges, int64; a batch of tables adds a leading dim."""
+        """The counts of cells, 0 beyond the table's edges, int64; a batch of tables adds a leading dim."""
         rows, columns = table.shape[-2:]
-        inside = (row < rows) & (column < columns)
-        row, column = row.clamp(max=rows - 1), column.clamp(max=columns - 1)
+        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        row, column = row.clamp(0, rows - 1), column.clamp(0, columns - 1)
         if table.dim() == 2:
             return table[row, column] * inside.long()
         head = head.to(row.device).clamp(max=table.shape[-3] - 1)
@@ -108,6 +110,25 @@ class BlockSparse(Pattern):
                 found |= cells.index_select(dim, torch.minimum(first + further, last).clamp(max=end))
             found &= (first <= end).view((-1, 1) if dim == -2 else (-1,))
         return found.view(-1, *found.shape[-2:])
+
+    def cells(self, head: Tensor, q: Block, k: Block) -> list[Tensor] | None:
+        """The counts of all cells that pairs of blocks meet, a tensor for each place, as elementwise as `count`.
+
+        The numbers of cells are those of the pair that meets most; None when they are more than 64.
+
+        Example:
+            >>> one, two = (Block(*torch.tensor([[low], [high], [1]])) for low, high in ((0, 1), (2, 5)))
+            >>> table = BlockSparse(2, torch.tensor([[1, 2, 3]]))
+            >>> [int(cell) for cell in table.cells(torch.tensor([0]), one, two)]
+            [2, 3]
+        """
+        sides = [(side.low // size, side.high // size) for side, size in zip((q, k), self.block_size)]
+        rows, columns = (1 + int((last - first).max()) for first, last in sides)
+        if rows * columns > _MOST_CELLS:
+            return None
+        table, ((top, _), (left, _)) = self.layout.to(q.low.device), sides
+        places = [(i, j) for i in range(rows) for j in range(columns)]
+        return [self._cells(table, head, top + i, left + j) for i, j in places]
 
     def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
         (top, bottom), (left, right) = (

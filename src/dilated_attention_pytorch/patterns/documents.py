@@ -107,16 +107,27 @@ class Documents(Pattern):
         return False
 
     def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
-        same, meet, _ = self.shared(q, k)
-        return same * 1, meet * 1
+        same, common, _, _ = self.shared(q, k)
+        return same * 1, (common > 0) * 1
 
-    def shared(self, q: Block, k: Block) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether all rows surely are in one document; whether some pair may be; where the first query's one starts."""
-        (a, inside), b, c, d = (self.locate(q.low), *(self.locate(x)[0] for x in (q.high, k.low, k.high)))
+    def shared(self, q: Block, k: Block) -> tuple[Tensor, Tensor, Block, Block]:
+        """Whether all rows surely are in one document; in how many both sides may be; their rows in the first of these.
+
+        Those rows are blocks of positions inside that document; they say nothing where it is none.
+        """
+        (a, _), (b, _), (c, _), (d, _) = (self.locate(x) for x in (q.low, q.high, k.low, k.high))
         same = (a >= 0) & (a == b) & (a == c) & (a == d)
         past = self.lengths.shape[-1]
         a, b, c, d = (torch.where(x < 0, past, x) for x in (a, b, c, d))
-        return same, (a <= d) & (c <= b) & (a < past) & (c < past), q.low - inside
+        first = torch.maximum(a, c)
+        common = (torch.minimum(b, d).clamp(max=past - 1) - first + 1).clamp(min=0)
+        bounds, at = self.bounds(first.device), first.clamp(max=past - 1)
+        if bounds.dim() == 1:
+            start, end = bounds[at], bounds[at + 1]
+        else:
+            flat = at.reshape(bounds.shape[0], -1)
+            start, end = (bounds.gather(1, flat + i).view(at.shape) for i in (0, 1))
+        return same, common, _inside(q, start, end), _inside(k, start, end)
 
     def check(self, problem: Problem) -> None:
         if self.lengths.dim() == 2 and self.lengths.shape[0] not in (1, problem.batch):
@@ -125,6 +136,13 @@ class Documents(Pattern):
             )
         if self.lengths.device.type != "meta" and bool((self.lengths < 0).any()):
             raise InvalidInput(f"Documents: expected lengths >= 0. Got {int(self.lengths.min())}.")
+
+
+def _inside(rows: Block, start: Tensor, end: Tensor) -> Block:
+    """The rows that stand from ``start`` to before ``end``, as positions from ``start``."""
+    low = torch.maximum(rows.low, start)
+    high = torch.maximum(torch.minimum(rows.high, end - 1), low)
+    return Block(low - start, high - start, torch.where(low == rows.low, rows.step, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +193,9 @@ class Packed(Pattern):
         return self.inner.varies_by_head
 
     def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
-        same, meet, start = self.documents.shared(q, k)
-        mine, other = (Block(x.low - start, x.high - start, x.step) for x in (q, k))
+        same, common, mine, other = self.documents.shared(q, k)
         low, high = self.inner.count_bounds(head, num_heads, mine, other)
-        return same * low, meet * torch.where(same, high, UNBOUNDED)
+        return same * low, torch.where(common > 1, UNBOUNDED, (common > 0) * high)
 
     def check(self, problem: Problem) -> None:
         self.documents.check(problem)

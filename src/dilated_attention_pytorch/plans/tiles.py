@@ -212,7 +212,7 @@ class _Reader:
             return tiles, tiles.q
         q, k = (_blocks(at, size).take(i) for at, i, size in self._sides(tiles, block_size))
         signs = self._signs(self.pattern, tiles, q, k)
-        signs += [k.low - q.low, *(_shapes(at, i, size) for at, i, size in self._sides(tiles, block_size))]
+        signs += [_shapes(*side) for side in self._sides(tiles, block_size)]
         if self.problem.key_lengths is not None:
             span = int((self.k_at.max() - self.k_at.min()).item()) + 1
             signs.append((torch.tensor(self.problem.key_lengths)[tiles.sample] - k.low).clamp(0, span))
@@ -228,7 +228,7 @@ class _Reader:
         The side of a sum or product whose count is the same all over a tile adds that count alone.
         """
         if pattern.period is not None:
-            return [tiles.head, q.low % pattern.period]
+            return [tiles.head, q.low % pattern.period, k.low - q.low]
         if isinstance(pattern, And | Sum):
             signs = []
             for side in (pattern.left, pattern.right):
@@ -237,12 +237,18 @@ class _Reader:
                 varied = low != high
                 signs += [torch.where(varied, -1, low), *(x * varied for x in self._signs(side, tiles, q, k))]
             return signs
+        if isinstance(pattern, BlockSparse) and (cells := pattern.cells(tiles.head, q, k)) is not None:
+            places = (side.low % size for side, size in zip((q, k), pattern.block_size))
+            return [*places, *(_of_sample(cell, tiles) for cell in cells)]
         if isinstance(pattern, Packed):
-            same, _, start = (_of_sample(x, tiles) for x in pattern.documents.shared(q, k))
-            mine, other = (Block(x.low - start, x.high - start, x.step) for x in (q, k))
+            same, _, *blocks = pattern.documents.shared(q, k)
+            same = _of_sample(same, tiles) > 0
+            mine, other = (Block(*(_of_sample(x, tiles) for x in block)) for block in blocks)
             inside = self._signs(pattern.inner, tiles, mine, other)
-            return [x * ~same for x in (tiles.sample + 1, tiles.head, q.low)] + [x * same for x in inside]
-        return [tiles.sample, tiles.head, q.low]
+            return [x * ~same for x in (tiles.sample + 1, tiles.head, q.low, k.low)] + [x * same for x in inside]
+        if (own := pattern.signs(tiles.head, self.problem.num_heads, q, k)) is not None:
+            return [k.low - q.low, *(_of_sample(x, tiles) for x in own)]
+        return [tiles.sample, tiles.head, q.low, k.low]
 
     def counts(self, tiles: _Tiles, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Counts of some tiles, int64, 0 past the ragged edge; and where a pair exists: (tiles, *block_size) each."""
@@ -327,6 +333,8 @@ def _find(reader: _Reader, samples: int, heads: int, block_size: tuple[int, int]
     tiles, count = _joined(parts)
     q_blocks, k_blocks = (len(side.low) for side in sides[0])
     key = ((tiles.sample * heads + tiles.head) * q_blocks + tiles.q) * k_blocks + tiles.k
+    if bool((key[1:] > key[:-1]).all()):
+        return tiles, count
     order = torch.from_numpy(np.argsort(key.numpy(), kind="stable"))
     return tiles.take(order), count[order]
 
