@@ -18,7 +18,7 @@ def blocks_with(open_blocks, always):
     queries, keys = (
         TokenBlocks(torch.zeros(1, n, 2, 1, 1), torch.ones(1, n, 2, dtype=torch.bool)) for n in (rows, columns)
     )
-    return QueryBlocks(queries, keys, open_blocks, always, 1.0, Full(), 0, True)
+    return QueryBlocks(queries, keys, open_blocks, always, 1.0, Full(), 0, True, torch.zeros(rows).long())
 
 
 def draw(seed, levels=None):
@@ -102,9 +102,12 @@ def test_no_blocks_and_no_rows():
     assert TopBlocks()(torch.zeros(1, 1, 0, 4), blocks_with(nothing, nothing), 2).shape == (1, 1, 0, 4)
 
 
-def test_a_share_that_is_whole_is_not_rounded_up():
-    everything = torch.ones(1, 1, 1, 30, dtype=torch.bool)
-    assert blocks_with(everything, ~everything).allowed(0.1).item() == 3
+def test_shares_are_rounded_up_exactly():
+    visible = torch.ones(300, 300, dtype=torch.bool).tril()[None, None]
+    blocks = blocks_with(visible, torch.zeros_like(visible))
+    for percent in range(1, 101):
+        wanted = [-(-percent * n // 100) for n in range(1, 301)]
+        assert blocks.allowed(percent / 100)[0, 0].tolist() == wanted
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.1, math.nan])

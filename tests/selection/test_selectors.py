@@ -14,6 +14,7 @@ from dilated_attention_pytorch.patterns import BlockSparse, Causal, Dilated, Doc
 from dilated_attention_pytorch.reference import reference_attention
 from dilated_attention_pytorch.selection import (
     Antidiagonal,
+    LastQueries,
     Mass,
     MeanPooled,
     MinMax,
@@ -26,7 +27,7 @@ from dilated_attention_pytorch.selection import (
 from dilated_attention_pytorch.testing.cases import Case
 from dilated_attention_pytorch.testing.contract import ContractReport, check_case
 
-SCORES = {"mean": MeanPooled(), "minmax": MinMax(), "antidiagonal": Antidiagonal(4)}
+SCORES = {"mean": MeanPooled(), "minmax": MinMax(), "antidiagonal": Antidiagonal(4), "last": LastQueries(3)}
 RULES = {
     "top": (TopBlocks(), 3),
     "share": (TopBlocks(), 0.6),

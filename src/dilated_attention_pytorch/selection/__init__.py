@@ -5,6 +5,7 @@ from dilated_attention_pytorch.selection.coarse import attend_with_coarse
 from dilated_attention_pytorch.selection.dilation import AdaptiveDilation, DilatedBlocks
 from dilated_attention_pytorch.selection.distillation import distil, gate_loss
 from dilated_attention_pytorch.selection.gate import Gate
+from dilated_attention_pytorch.selection.last_queries import LastQueries
 from dilated_attention_pytorch.selection.mass import block_mass, mass_recall
 from dilated_attention_pytorch.selection.rules import Mass, Threshold, TopBlocks
 from dilated_attention_pytorch.selection.scores import Antidiagonal, MeanPooled, MinMax, Oracle
@@ -16,6 +17,7 @@ __all__ = [
     "BlockScore",
     "DilatedBlocks",
     "Gate",
+    "LastQueries",
     "Mass",
     "MeanPooled",
     "MinMax",

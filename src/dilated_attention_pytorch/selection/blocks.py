@@ -123,7 +123,8 @@ class QueryBlocks:
     ``probes`` are the queries to judge a block of queries by: its own rows (``reads_own``), or, where causality must
     hold through the choice, rows before its first one. Row 0 of Q is block ``first_block`` of the positions.
     ``open_blocks (B or 1, H or 1, Q, K)`` says whose keys may be read and chosen, ``always`` (same dims) which blocks
-    are chosen whatever their score; these need not be open.
+    are chosen whatever their score; these need not be open. ``lag (Q,)`` says by how many blocks, 0 or 1, the probe
+    stands before the block of queries.
     """
 
     probes: TokenBlocks
@@ -134,6 +135,7 @@ class QueryBlocks:
     pattern: Pattern
     first_block: int
     reads_own: bool
+    lag: Tensor
 
     @property
     def probe(self) -> Tensor:
@@ -196,7 +198,7 @@ class QueryBlocks:
         if budget is None:
             return visible
         if isinstance(budget, float):
-            return (visible * budget - 1e-9).ceil().long()  # 0.1 of 30 is 3, though it rounds to a little more
+            return (visible.double() * budget - 1e-9).ceil().long()  # 0.1 of 30 is 3, though it rounds to a little more
         return visible.clamp(max=budget)
 
     def part(self, first: int, last: int) -> QueryBlocks:
@@ -207,6 +209,7 @@ class QueryBlocks:
             open_blocks=self.open_blocks[:, :, first:last],
             always=self.always[:, :, first:last],
             first_block=self.first_block + first,
+            lag=self.lag[first:last],
         )
 
 
@@ -272,7 +275,8 @@ def query_blocks(
     reads_own = lookahead or not pattern.is_causal
     probes = own if reads_own else _rows_before(own, start - first * block_size)
     open_blocks = seen if reads_own else seen & (column < mine)
-    return QueryBlocks(probes, key_blocks, open_blocks, always, problem.scale, pattern, first, reads_own)
+    lag = torch.zeros_like(mine[:, 0]) if reads_own else (mine[:, 0] > first).long()
+    return QueryBlocks(probes, key_blocks, open_blocks, always, problem.scale, pattern, first, reads_own, lag)
 
 
 def _cut(x: Tensor, before: int, size: int) -> TokenBlocks:

@@ -107,6 +107,21 @@ def _shares(logits: Tensor, counts: Tensor) -> Tensor:
     return seen / total.masked_fill(total == 0, 1.0)
 
 
+def block_shares(logits: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over the visible of logits (..., K, V), summed over V: (..., K); 0 where nothing is visible.
+
+    Example:
+        >>> logits, last = torch.zeros(2, 2), torch.tensor([[True, True], [False, True]])
+        >>> block_shares(logits, last)
+        tensor([0.6667, 0.3333])
+    """
+    logits = logits.masked_fill(~visible, -torch.inf)
+    peak = logits.amax((-2, -1), keepdim=True)
+    weight = (logits - peak.masked_fill(peak == -torch.inf, 0.0)).exp_().sum(-1)
+    total = weight.sum(-1, keepdim=True)
+    return weight / total.masked_fill(total == 0, 1.0)
+
+
 def mass_recall(selected: SelectedTiles | Tensor, mass: Tensor) -> Tensor:
     """(B, H): the share of the mass that lies in chosen blocks; blocks of queries weigh alike, 1 where there is none.
 

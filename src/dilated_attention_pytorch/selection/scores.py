@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.selection.blocks import QueryBlocks
-from dilated_attention_pytorch.selection.mass import mass_of
+from dilated_attention_pytorch.selection.mass import block_shares, mass_of
 from dilated_attention_pytorch.selection.selector import BlockScore
 
 _PAIRS = 1 << 20
@@ -143,11 +143,7 @@ class Antidiagonal(BlockScore):
             logits = logits + keys.log()
             visible = visible & (keys > 0)
             rows = (held_q.sum(-1) > 0).view(len(held_q), 1, -1, strides)
-        logits = logits.masked_fill(~visible, -torch.inf)
-        peak = logits.amax((-2, -1), keepdim=True)
-        exps = (logits - peak.masked_fill(peak == -torch.inf, 0.0)).exp_().sum(-1)  # (B, G, Q, U, K)
-        total = exps.sum(-1, keepdim=True)
-        share = exps / total.masked_fill(total == 0, 1.0) * rows[..., None]
+        share = block_shares(logits, visible) * rows[..., None]  # (B, G, Q, U, K)
         return share.sum(3) / rows.sum(-1, keepdim=True).clamp(min=1)
 
 
