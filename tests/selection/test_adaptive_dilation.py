@@ -9,7 +9,8 @@ from dilated_attention_pytorch import Causal, Documents, InvalidInput, attend, r
 from dilated_attention_pytorch.backends import NativeBackend
 from dilated_attention_pytorch.patterns import Full, pattern_from_text
 from dilated_attention_pytorch.patterns.base import Block
-from dilated_attention_pytorch.plans.orders import ordered_plan
+from dilated_attention_pytorch.plans import DensePlan, OrderedPlan, candidate_plans
+from dilated_attention_pytorch.plans.orders import fixed_classes, ordered_plan
 from dilated_attention_pytorch.plans.tiles import visited_tiles
 from dilated_attention_pytorch.problem import make_problem
 from dilated_attention_pytorch.selection.dilation import AdaptiveDilation, DilatedBlocks
@@ -71,7 +72,8 @@ def test_keys_by_residue_show_the_budget_in_the_tiles():
     q = torch.zeros(1, 4096, 1, 8)
     problem = make_problem(q, q, q, scale=1.0, query_start=0)
     pattern = DilatedBlocks(128, 512, torch.full((32,), 8), 8)
-    assert pattern.key_classes == 8
+    assert pattern.key_classes == fixed_classes(pattern & Causal()) == 8
+    assert fixed_classes(Causal()) is None
     assert DilatedBlocks(128, 256, torch.full((32,), 8), 8).key_classes == 4  # runs of at least one tile
     ordered = ordered_plan(pattern, problem)
     assert ordered is not None
@@ -79,6 +81,38 @@ def test_keys_by_residue_show_the_budget_in_the_tiles():
     assert ordered.issued_pairs(problem) == 4096 * (512 + own_block)
     assert visited_tiles(pattern, problem) * 128 * 64 == 4096 * 4096
     assert torch.equal(ordered.expand(problem)[0], pattern.to_mask(1, 4096))
+
+
+@pytest.mark.parametrize("shape", [(3, 32), (2, 1, 32), (2, 3, 32)], ids=str)
+def test_tables_of_tiles_expand_to_the_counts(shape):
+    q = torch.zeros(2, 1000, 3, 8)
+    mask = torch.arange(1000) >= torch.tensor([[1000], [700]])
+    for padding in (None, mask):
+        problem = make_problem(q, q, q, scale=1.0, query_start=0, key_padding_mask=padding)
+        for pattern in (
+            DilatedBlocks(32, 128, _rates(*shape), 4),
+            DilatedBlocks(32, 128, _rates(*shape), 4) & Causal(),
+        ):
+            ordered, dense = candidate_plans(pattern, problem)
+            assert isinstance(ordered, OrderedPlan)  # and no plan in row order
+            assert isinstance(dense, DensePlan)
+            expected = pattern.to_mask(3, 1000).expand(2, 3, 1000, 1000)
+            if padding is not None:
+                expected = expected * ~padding[:, None, None, :]
+            assert torch.equal(ordered.expand(problem), expected)
+
+
+def test_signs_of_tiles_tell_apart_what_differs():
+    pattern = DilatedBlocks(4, 16, _rates(2, 16), 4)
+    mask, pairs = pattern.to_mask(2, 64), torch.cartesian_prod(torch.arange(2), torch.arange(16), torch.arange(8))
+    head, row, column = pairs.unbind(1)
+    q, k = Block(row * 4, row * 4 + 3, row * 0 + 1), Block(column * 8, column * 8 + 7, row * 0 + 1)
+    signs = torch.stack([*pattern.signs(head, 2, q, k), k.low - q.low], -1)
+    seen: dict[tuple[int, ...], torch.Tensor] = {}
+    for sign, (h, i, j) in zip(signs.tolist(), pairs.tolist()):
+        tile = mask[h, 4 * i : 4 * i + 4, 8 * j : 8 * j + 8]
+        assert torch.equal(seen.setdefault(tuple(sign), tile), tile)
+    assert len(seen) < 0.7 * len(pairs)
 
 
 @pytest.mark.parametrize("combine", ["alone", "causal", "documents", "padded"])

@@ -155,6 +155,13 @@ class Pattern(ABC):
         """
         return None
 
+    def signs(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Tensor, ...] | None:
+        """Numbers of pairs of blocks, as `count_bounds` takes them: where they agree, the counts are equal.
+
+        Pairs are compared whose rows stand alike, as far apart in both. None: nothing is known.
+        """
+        return None
+
     def check(self, problem: Problem) -> None:
         """Raise InvalidInput when the pattern does not fit the problem's heads, batch or lengths."""
 

@@ -139,9 +139,9 @@ def residue_order(pattern: Pattern, problem: Problem, block_size: tuple[int, int
     sides = (problem.query_positions, problem.key_positions)
     if any(len(runs) != 1 or runs[0].step != 1 for runs in sides):
         return None
-    fixed = [part.key_classes for part in _parts(pattern) if part.key_classes is not None]
-    if fixed:  # tables may come from later tokens, which must not decide in which order a row sums its keys
-        return _order(pattern, problem, math.lcm(*fixed), None, moves_queries=False)
+    modulus = fixed_classes(pattern)
+    if modulus is not None:
+        return _order(pattern, problem, modulus, None, moves_queries=False)
     classes = list(_classes(pattern, problem.key_length))
     if not classes:
         return None
@@ -154,6 +154,15 @@ def residue_order(pattern: Pattern, problem: Problem, block_size: tuple[int, int
             if tiles < fewest:
                 fewest, best = tiles, (modulus, period)
     return None if best is None else _order(pattern, problem, *best)
+
+
+def fixed_classes(pattern: Pattern) -> int | None:
+    """The modulus of the order of keys that parts of the pattern ask for, or None.
+
+    Their tables may come from later tokens, which must not decide in which order a row sums its keys.
+    """
+    found = [part.key_classes for part in _parts(pattern) if part.key_classes is not None]
+    return math.lcm(*found) if found else None
 
 
 def _last_rows(problem: Problem, rows: int) -> Problem:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.patterns import Branch, Documents, Pattern
 from dilated_attention_pytorch.plans.base import DensePlan, Plan
-from dilated_attention_pytorch.plans.orders import ordered_plan
+from dilated_attention_pytorch.plans.orders import fixed_classes, ordered_plan
 from dilated_attention_pytorch.plans.pieces import Span, chunk_pieces
 from dilated_attention_pytorch.plans.strided import Chunk, HeadSlice, Piece, StridedPlan
 from dilated_attention_pytorch.plans.tiles import tile_plan, visited_tiles
@@ -102,6 +102,8 @@ def _digest(table: Tensor) -> tuple[object, ...]:
 def _tiled(pattern: Pattern, problem: Problem, needed: bool) -> tuple[Plan, ...]:
     """Tables of tiles: with rows by residue where that is denser, and in row order if ``needed`` or soon made."""
     ordered = ordered_plan(pattern, problem)
+    if ordered is not None and fixed_classes(pattern) is not None:
+        return (ordered,)
     soon = ordered is None or needed or visited_tiles(pattern, problem) <= SOON_TILES
     return tuple(p for p in (ordered, tile_plan(pattern, problem) if soon else None) if p is not None)
 

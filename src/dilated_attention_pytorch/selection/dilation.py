@@ -137,6 +137,20 @@ class DilatedBlocks(Pattern):
             maybe | ((top <= right) & (left <= bottom))
         ).long()
 
+    def signs(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Tensor, ...]:
+        top, bottom = q.low // self.block_size, q.high // self.block_size
+        one = top == bottom
+        rate = self._cells(self._table.to(top.device), head, top)
+        width = self.keys * rate
+        inside = (q.low // width == k.low // width) & (q.low // width == k.high // width)
+        sample = torch.arange(self.rates.shape[0]).view(-1, 1, 1, 1) if self.varies_by_sample else torch.tensor(0)
+        return (
+            torch.where(one, rate, 0),
+            torch.where(one, torch.where(inside, (k.low - head) % rate, head % rate + self.max_rate), head),
+            torch.where(one, q.low % torch.where(inside, self.block_size, width), q.low),
+            torch.where(one, 0, sample.to(top.device)),
+        )
+
     def check(self, problem: Problem) -> None:
         """Raise InvalidInput unless there is a rate for every query, for these heads and samples, a power of two."""
         shape, end = tuple(self.rates.shape), positions_end(problem.query_positions)
