@@ -8,7 +8,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.patterns import Causal, Dilated, Documents, Full, Pattern, Window, longnet
+from dilated_attention_pytorch.patterns import BlockSparse, Causal, Dilated, Documents, Full, Pattern, Window, longnet
 from dilated_attention_pytorch.problem import Problem, check_inputs, make_problem
 from dilated_attention_pytorch.scores import Relative, Score, Softcap
 
@@ -101,6 +101,15 @@ class Case:
         return normal(b, n, h, d)
 
 
+def _blocks(block_size: int | tuple[int, int], *shape: int, most: int = 1) -> BlockSparse:
+    """A table of counts up to ``most``, two in five of them 0; its third row and its second column are empty."""
+    generator = torch.Generator().manual_seed(20070714)
+    counts = torch.randint(1, most + 1, shape, generator=generator)
+    counts[torch.rand(shape, generator=generator) < 0.4] = 0
+    counts[..., 2, :], counts[..., :, 1] = 0, 0
+    return BlockSparse(block_size, counts)
+
+
 _PAPER = longnet([8, 16, 32], [1, 2, 4])
 
 PATTERNS: dict[str, Pattern] = {
@@ -129,6 +138,10 @@ PATTERNS: dict[str, Pattern] = {
     "documents_cut_grid": Documents([7, 13, 17]) & Dilated(16, 2),
     "documents_summed": Documents([20, 17]).of(Causal()) + Window(3),
     "documents_twice": Documents([20, 17]).of(Causal()) + Documents([20, 17]).of(Dilated(8, 2)),
+    "blocks_causal": _blocks(5, 4, 9, 9) & Causal(),
+    "blocks_batched": _blocks((3, 16), 2, 1, 14, 3, most=3),
+    "blocks_documents_of": Documents([7, 0, 13, 17]).of(_blocks(3, 4, 6, 6, most=2) & Causal()),
+    "blocks_summed": _blocks(16, 3, 3, most=2) + Dilated(16, 2),
 }
 """Patterns by name; all fit a batch of 2 and 4 heads."""
 
@@ -188,6 +201,7 @@ _LONG: dict[str, tuple[Pattern, dict[str, object]]] = {
     "sum": (Window(9) + longnet([128, 300], [2, 5]) & Causal(), {"head_dim": 24}),
     "product": (Dilated(128, 2) & Dilated(300, 3), {}),
     "documents": (Documents([129, 0, 100, 60]) & Dilated(128, 2) & Causal(), {"num_heads": 2}),
+    "blocks": (_blocks(32, 2, 10, 10) & Causal(), {"kv_heads": 1, "batch": 2, "visible": (300, 130)}),
 }
 """Longer than the tiles of any kernel."""
 
@@ -211,6 +225,7 @@ CASES: tuple[Case, ...] = (
     ),
     *(_shaped(f"longnet_causal-{name}", _PAPER & Causal(), change) for name, change in _DENSE_ONLY.items()),
     *(_shaped(f"full-{name}", Full(), change) for name, change in _DENSE_ONLY.items()),
+    Case("blocks_causal-decode", _blocks(5, 4, 9, 9) & Causal(), query_length=1, key_length=39),
     *(
         _shaped(f"long-{name}", pattern, {"batch": 1, "num_heads": 2, "query_length": 300} | change)
         for name, (pattern, change) in _LONG.items()
