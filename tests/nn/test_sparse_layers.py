@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dilated_attention_pytorch import Causal, Documents, Full, InvalidInput, Window, reference_attention
+from dilated_attention_pytorch import Causal, Documents, Full, InvalidInput, Softcap, Window, reference_attention
 from dilated_attention_pytorch.nn import (
     AdaptiveSparseAttention,
     BlockSparseAttention,
@@ -22,7 +22,16 @@ from dilated_attention_pytorch.nn import (
 from dilated_attention_pytorch.nn.adaptive import OVERLAPS_KEPT
 from dilated_attention_pytorch.nn.sparse import LAYOUTS, LAYOUTS_KEPT, _layout
 from dilated_attention_pytorch.patterns import BlockSparse, axial, hybrid, local_window, random_blocks
-from dilated_attention_pytorch.selection import BlockScore, MeanPooled, SelectedTiles, Selector, TopBlocks
+from dilated_attention_pytorch.selection import (
+    AdaptiveDilation,
+    BlockScore,
+    Gate,
+    MeanPooled,
+    SelectedTiles,
+    Selector,
+    TopBlocks,
+    attend_with_coarse,
+)
 
 SIZES = {
     "axial": {"grid": (6, 8), "thickness": 1},
@@ -436,18 +445,56 @@ def test_a_checkpointed_layer_uses_in_backward_what_it_used_in_forward():
     assert len(module.attention.overlaps) == 1
 
 
+def test_rates_are_shared_as_blocks_are():
+    first = AdaptiveSparseAttention(AdaptiveDilation(8, max_rate=2, tau=2.0), 2)
+    q, k, v = heads()
+    first(q, k, v)
+    assert set(first.selected.rates.unique().tolist()) == {1, 2}
+    shared = Causal() & first.selected
+    other = AdaptiveSparseAttention(CHOOSER, 2)
+    close(other(q, k, v, True, selected=first.selected), attended(shared, q, k, v))
+    close(other(q, k, v, True, selected=shared), attended(shared, q, k, v))
+    first(*heads(seed=1))
+    assert not first.overlaps  # rates are no table of blocks
+
+
+# Adaptive: coarse levels
+
+
+def test_coarse_layers_pool_what_was_not_chosen():
+    q, k, v = heads(kv_heads=2)
+    attention = AdaptiveSparseAttention(CHOOSER, 2, coarse=True, softmax_scale=0.3)
+    padding = torch.arange(48) >= torch.tensor([[48], [29]])
+    for is_causal in (False, True):
+        out, weights = attention(q, k, v, is_causal, key_padding_mask=padding, need_weights=True)
+        expected = attend_with_coarse(q, k, v, attention.selected, scale=0.3, key_padding_mask=padding)
+        close(out, expected)
+        close(weights.sum(-1), torch.ones(2, 4, 48, dtype=torch.float64))
+        close(torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2)), expected)
+        assert not weights[1, ..., 29:].any()
+    assert (out - AdaptiveSparseAttention(CHOOSER, 2, softmax_scale=0.3)(q, k, v, True)).abs().max() > 0.01
+    module, x = adaptive(coarse=True, position="rotary"), rows()
+    before, changed = module(x, is_causal=True), x.clone()
+    changed[:, 21:] += 1
+    assert torch.equal(before[:, :21], module(changed, is_causal=True)[:, :21])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: AdaptiveSparseAttention(CHOOSER, 2, coarse=True, attention_dropout=0.1),
+        lambda: AdaptiveSparseAttention(CHOOSER, 2, coarse=True, score=Softcap(5.0)),
+        lambda: adaptive(coarse=True, position="alibi"),
+        lambda: AdaptiveSparseAttention(CHOOSER, 2, coarse=True)(*heads(), attention_mask=torch.zeros(48, 48)),
+        lambda: AdaptiveSparseAttention(AdaptiveDilation(8), 2, coarse=True)(*heads()),
+    ],
+)
+def test_what_coarse_levels_do_not_go_with(run):
+    with pytest.raises(InvalidInput, match="coarse levels"):
+        run()
+
+
 # Adaptive: what a layer holds
-
-
-class Linear(nn.Module, BlockScore):
-    """A score with parameters."""
-
-    def __init__(self):
-        super().__init__()
-        self.map = nn.Linear(8, 8, dtype=torch.float64)
-
-    def __call__(self, blocks):
-        return blocks.products(self.map(blocks.probe_mean.double()), blocks.key_mean.double()).float()
 
 
 @dataclass(frozen=True)
@@ -460,19 +507,19 @@ class Held(BlockScore):
         return self.gate(blocks)
 
 
-@pytest.mark.parametrize(("score", "name"), [(Linear, "score"), (lambda: Held(Linear()), "score_gate")])
+@pytest.mark.parametrize(("score", "name"), [(Gate, "score"), (lambda *sizes: Held(Gate(*sizes)), "score_gate")])
 def test_parameters_of_a_selector_are_the_layers(score, name):
-    module = adaptive(Selector(score(), TopBlocks(), block_size=8))
+    module = adaptive(Selector(score(4, 8), TopBlocks(), block_size=8))
     keys = set(module.state_dict())
-    assert {f"attention.learned.{name}.map.weight", f"attention.learned.{name}.map.bias"} < keys
+    assert {f"attention.learned.{name}.query_weight", f"attention.learned.{name}.key_weight"} < keys
     assert keys - {k for k in keys if "learned" in k} == set(adaptive().state_dict())
     x = rows()
     module(x, is_causal=True).square().sum().backward()
     gate = module.attention.learned[name]
-    assert gate.map.weight.grad is None  # only the gate's own loss moves it
+    assert gate.query_weight.grad is None  # only the gate's own loss moves it
     clone = copy.deepcopy(module)
     with torch.no_grad():
-        clone.attention.learned[name].map.weight.neg_()
+        clone.attention.learned[name].query_weight.neg_()
     before, after = module(x, is_causal=True), clone(x, is_causal=True)
     assert not torch.allclose(before, after)  # the copy's selector reads the copy's gate
     clone.load_state_dict(module.state_dict())

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, place_rows, run_eagerly
+from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, place_rows, run_eagerly, unit_values
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
 from dilated_attention_pytorch.patterns import Causal, Documents, Full, Pattern
+from dilated_attention_pytorch.patterns.base import And
 from dilated_attention_pytorch.scores import Score
-from dilated_attention_pytorch.selection import MeanPooled, SelectedTiles, Selector, TopBlocks
+from dilated_attention_pytorch.selection import (
+    DilatedBlocks,
+    MeanPooled,
+    SelectedTiles,
+    Selector,
+    TopBlocks,
+    attend_with_coarse,
+)
 
 OVERLAPS_KEPT = 256
 """How many of the last overlaps a layer remembers."""
@@ -29,6 +38,9 @@ class AdaptiveSparseAttention(PatternAttention):
     The choice is within ``pattern`` (default: `Full`), reads no bias, score or dropout, and is a constant to autograd:
     gradients of q, k and v are exactly those of the chosen pairs. Modules in the selector (a learned gate) are
     registered under ``learned``; only their own loss moves them.
+
+    With ``coarse`` the blocks that were not chosen take part as pooled keys (`attend_with_coarse`), so that nothing is
+    lost altogether; masks other than padding, dropout and score rules do not go with it.
 
     With ``keep`` above 1 a choice serves so many calls, one after another, as long as shapes, masks, pattern, mode and
     device stay; else, and after `forget`, the next call chooses anew. A kept choice comes from earlier calls' tokens.
@@ -50,6 +62,7 @@ class AdaptiveSparseAttention(PatternAttention):
         selector: Callable[..., Pattern] | None = None,
         budget: float | int | None = 0.1,
         *,
+        coarse: bool = False,
         keep: int = 1,
         softmax_scale: float | None = None,
         attention_dropout: float = 0.0,
@@ -66,6 +79,11 @@ class AdaptiveSparseAttention(PatternAttention):
             )
         self.learned = nn.ModuleDict(_modules_in(self.selector))
         self.budget = _check_budget(budget)
+        self.coarse = coarse
+        if coarse and (attention_dropout > 0 or score is not None):
+            raise InvalidInput(
+                "coarse levels have neither dropout nor score rules (alibi): leave out one or the other."
+            )
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise InvalidInput(f"expected keep, the calls that a choice serves, to be at least 1. Got {keep!r}.")
         self.keep = keep
@@ -109,6 +127,8 @@ class AdaptiveSparseAttention(PatternAttention):
         what this layer keeps stays as it is. Blocks are counted from the first token, not from each document's.
         """
         place_rows(query, key, query_start, self.max_length)
+        if self.coarse and attention_mask is not None:
+            raise InvalidInput("coarse levels pool keys that a mask would tell apart: leave out the mask, or coarse.")
         pattern = self.choose_pattern(query, key, is_causal, query_start)
         if documents is not None:
             pattern = documents.of(pattern)
@@ -125,8 +145,41 @@ class AdaptiveSparseAttention(PatternAttention):
 
     def extra_repr(self) -> str:
         """The selector and the options."""
-        within = self.pattern.text()
-        return f"{self.selector}, budget={self.budget}, keep={self.keep}, pattern={within}, backend={self.backend!r}"
+        options = f"budget={self.budget}, coarse={self.coarse}, keep={self.keep}, backend={self.backend!r}"
+        return f"{self.selector}, {options}, pattern={self.pattern.text()}"
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pattern: Pattern,
+        attention_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        query_start: int | None,
+        need_weights: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if not self.coarse:
+            return super()._attend(
+                query, key, value, pattern, attention_mask, key_padding_mask, query_start, need_weights
+            )
+        if not isinstance(pattern, SelectedTiles):
+            raise InvalidInput(
+                f"coarse levels need a selector of blocks. {self.selector} chose {type(pattern).__name__}."
+            )
+        both = partial(
+            attend_with_coarse,
+            query,
+            key,
+            selected=pattern,
+            scale=self.softmax_scale,
+            key_padding_mask=key_padding_mask,
+            query_start=query_start,
+        )
+        out: Tensor = both(v=value, backend=self.backend)
+        if not need_weights:
+            return out
+        return out, both(v=unit_values(query, key), backend="dense").permute(0, 2, 1, 3)
 
     def _ask(
         self, query: Tensor, key: Tensor, pattern: Pattern, mask: Tensor | None, query_start: int | None
@@ -178,9 +231,9 @@ class AdaptiveSparseAttention(PatternAttention):
 class MultiheadAdaptiveSparseAttention(MultiheadPatternAttention):
     """Projections, adaptive attention, sub-LayerNorm and output projection.
 
-    ``selector``, ``budget``, ``keep``, ``pattern`` and ``max_length`` are those of `AdaptiveSparseAttention`, which is
-    the module ``attention``; the others are those of `MultiheadDilatedAttention`. ``position="xpos"`` counts from the
-    middle of ``max_length``, and needs it.
+    ``selector``, ``budget``, ``coarse``, ``keep``, ``pattern`` and ``max_length`` are those of
+    `AdaptiveSparseAttention`, which is the module ``attention``; the others are those of `MultiheadDilatedAttention`.
+    ``position="xpos"`` counts from the middle of ``max_length``, and needs it.
 
     Example:
         >>> chooser = Selector(MeanPooled(), TopBlocks(), block_size=32)
@@ -206,6 +259,7 @@ class MultiheadAdaptiveSparseAttention(MultiheadPatternAttention):
         dtype: torch.dtype | None = None,
         op: str | None = None,
         *,
+        coarse: bool = False,
         keep: int = 1,
         num_kv_heads: int | None = None,
         position: str = "none",
@@ -214,8 +268,17 @@ class MultiheadAdaptiveSparseAttention(MultiheadPatternAttention):
     ) -> None:
         if position == "xpos" and max_length is None:
             raise InvalidInput("xpos counts from the middle of max_length: give max_length=, or use 'rotary'.")
+        if position == "alibi" and coarse:
+            raise InvalidInput("coarse levels have no score rules: leave out coarse, or use 'rotary'.")
         attention = AdaptiveSparseAttention(
-            selector, budget, keep=keep, attention_dropout=dropout, op=op, pattern=pattern, max_length=max_length
+            selector,
+            budget,
+            coarse=coarse,
+            keep=keep,
+            attention_dropout=dropout,
+            op=op,
+            pattern=pattern,
+            max_length=max_length,
         )
         super().__init__(
             embed_dim,
@@ -290,8 +353,11 @@ def _within(pattern: Pattern, selected: Pattern) -> Pattern:
     """What was chosen elsewhere, of ``pattern``."""
     if isinstance(selected, SelectedTiles):
         return SelectedTiles(selected.blocks, pattern)
+    rates = selected.right if isinstance(selected, And) else selected
+    if isinstance(rates, DilatedBlocks):
+        return pattern & rates
     raise InvalidInput(
-        f"expected selected to be another layer's choice, SelectedTiles. Got {type(selected).__name__}; a pattern of "
+        f"expected selected to be another layer's choice (its .selected). Got {type(selected).__name__}; a pattern of "
         "one's own is the layer's pattern=."
     )
 

@@ -172,11 +172,15 @@ def dense_weights(q: Tensor, k: Tensor, pattern: Pattern, **options: Any) -> Ten
         tensor([[[[1.0000, 0.0000],
                   [0.5000, 0.5000]]]])
     """
-    batch, key_length, kv_heads, _ = k.shape
-    unit = torch.eye(key_length, dtype=q.dtype, device=q.device)  # (Nk, Dv = Nk)
-    values = unit[None, :, None, :].expand(batch, key_length, kv_heads, key_length)
-    out: Tensor = attend(q, k, values, pattern, **{**options, "backend": "dense"})
+    out: Tensor = attend(q, k, unit_values(q, k), pattern, **{**options, "backend": "dense"})
     return out.permute(0, 2, 1, 3)
+
+
+def unit_values(q: Tensor, k: Tensor) -> Tensor:
+    """Values (B, Nk, Hkv, Nk) for the keys ``k (B, Nk, Hkv, D)``: attention over them gives each key's weight."""
+    batch, key_length, kv_heads, _ = k.shape
+    unit = torch.eye(key_length, dtype=q.dtype, device=q.device)
+    return unit[None, :, None, :].expand(batch, key_length, kv_heads, key_length)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
