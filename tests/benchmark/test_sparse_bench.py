@@ -213,7 +213,8 @@ def test_a_budget_below_one_block_is_left_out():
 
 
 def test_choosing_is_measured_against_what_it_saves(monkeypatch, trained):
-    seconds = iter([0.1, 0.1, 0.1, 12.0, 0.5, 0.5, 2.0, 0.1, 0.1, 0.1, 2.0, 0.5, 0.5, 2.0])
+    warm, rounds = [0.1] * 6, [0.5, 0.5, 2.0] * 2  # choosing, tables and attention of MeanPooled, and of the gate
+    seconds = iter([*warm, 12.0, *rounds, *warm, 2.0, *rounds])
 
     def clock(one):
         one()
@@ -225,18 +226,33 @@ def test_choosing_is_measured_against_what_it_saves(monkeypatch, trained):
     results = selectors.measure_selectors(1, lambda: calls.append(1), trained, SELECTORS)
     assert len(calls) == selectors.selector_steps(1, SELECTORS)
     assert json.loads(json.dumps(results, allow_nan=False)) == results
-    full, causal = results["times"]
+    full, gate, causal, _ = results["times"]
+    assert (full["score"], gate["score"]) == ("MeanPooled", "Gate")
     assert full["share of what it saves"]["median"] == 0.1
     assert full["times faster than dense"]["median"] == 4.0
     assert causal["share of what it saves"] is None
     (_, columns, rows, _), (_, _, lost, _) = selectors.selector_tables(results)
     assert all(len(row) == len(columns) for row in rows)
     assert cells(rows, "choosing and tables / attention saved") == [
-        ("0.10 (0.10-0.10)", "at most 0.15"),
-        ("it saves nothing", "at most 0.15, missed"),
+        *[("0.10 (0.10-0.10)", "at most 0.15")] * 2,
+        *[("it saves nothing", "at most 0.15, missed")] * 2,
     ]
     assert cells(rows, "milliseconds of choosing, tables, attention; dense")[0][0] == "500, 500, 2000, 12000"
     assert {row[0] for row in lost} == {"the trained model", "random numbers"}
+    assert [row[0] for row in lost if row[1] == "Gate"] == ["the trained model"]
+
+
+def test_each_layer_has_a_gate_that_learnt_from_it():
+    layers = layers_of(96)
+    gates = quality.distilled_gates(layers, 16, epochs=2)
+    assert len(gates) == 2
+    (fresh,) = quality.distilled_gates(layers[:1], 16, epochs=0)
+    assert not torch.equal(gates[0].key_weight, fresh.key_weight)
+    choose = quality.gated(gates, 16).prepare(layers, 0.4)
+    of = layers[0][0]
+    for layer, gate in enumerate(gates):
+        expected = Selector(gate, TopBlocks(), block_size=16)(of.q, of.k, 0.4, Causal())
+        assert choose(layer, of).overlap(expected) == 1.0
 
 
 def test_new_data_has_its_tables_made_and_they_are_counted(monkeypatch):

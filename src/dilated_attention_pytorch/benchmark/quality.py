@@ -26,9 +26,13 @@ from dilated_attention_pytorch.selection import (
     TopBlocks,
 )
 from dilated_attention_pytorch.selection.coarse import attend_with_coarse
+from dilated_attention_pytorch.selection.distillation import distil
+from dilated_attention_pytorch.selection.gate import Gate
 
 CALIBRATIONS, CALIBRATED_UP_TO = 10, 20.0
 """Halvings of the range in which a number is searched that makes a rule keep the share of pairs asked for."""
+
+GATE_LEARNING_RATE = 1e-2
 
 Layers = Sequence[Sequence[Heads]]
 """Heads by layer, and by sample."""
@@ -117,6 +121,28 @@ def adaptive_dilation(block_size: int) -> Way:
         return lambda layer, heads: tuned[layer](heads.q, heads.k, budget, Causal())
 
     return Way("change of queries", "AdaptiveDilation", False, prepare, chosen_only)
+
+
+def distilled_gates(layers: Layers, block_size: int, epochs: int) -> list[Gate]:
+    """A gate for each layer, trained by distillation on its heads, so often on each sample."""
+    gates = []
+    for of in layers:
+        (_, _, heads, head_dim), kv_heads = of[0].q.shape, of[0].k.shape[2]
+        gate = Gate(heads, head_dim, kv_heads=kv_heads)
+        batches = [(sample.q, sample.k) for sample in of] * epochs
+        distil(gate, batches, Causal(), block_size=block_size, learning_rate=GATE_LEARNING_RATE)
+        gates.append(gate)
+    return gates
+
+
+def gated(gates: Sequence[Gate], block_size: int) -> Way:
+    """The blocks that the gate of each layer rates highest, causal."""
+    selectors = [Selector(gate, TopBlocks(), block_size=block_size) for gate in gates]
+
+    def prepare(layers: Layers, budget: float) -> Choose:
+        return lambda layer, heads: selectors[layer](heads.q, heads.k, budget, Causal())
+
+    return Way("Gate", "TopBlocks", False, prepare, chosen_only)
 
 
 def window_only(block_size: int) -> Way:

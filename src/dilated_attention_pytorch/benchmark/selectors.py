@@ -13,7 +13,16 @@ from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.benchmark.attention import forward_run, threads
 from dilated_attention_pytorch.benchmark.heads import random_heads, trained_heads
 from dilated_attention_pytorch.benchmark.measure import Spread, goal_text, seconds_of, spread_text
-from dilated_attention_pytorch.benchmark.quality import judge, plain_ways, quality_columns, quality_rows
+from dilated_attention_pytorch.benchmark.quality import (
+    Layers,
+    Way,
+    distilled_gates,
+    gated,
+    judge,
+    plain_ways,
+    quality_columns,
+    quality_rows,
+)
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns import Causal, Full, Pattern
 from dilated_attention_pytorch.plans import candidate_plans
@@ -21,6 +30,8 @@ from dilated_attention_pytorch.problem import check_inputs, make_problem
 from dilated_attention_pytorch.selection import (
     Antidiagonal,
     BlockScore,
+    Gate,
+    LastQueries,
     MeanPooled,
     MinMax,
     Selector,
@@ -29,13 +40,22 @@ from dilated_attention_pytorch.selection import (
 
 SHARE_GOAL = 0.15
 """Seconds of choosing, tables of tiles included, over the seconds of attention that it saves: at most."""
-SCORES: dict[str, BlockScore] = {"MeanPooled": MeanPooled(), "MinMax": MinMax(), "Antidiagonal": Antidiagonal()}
+SCORES: dict[str, BlockScore] = {
+    "MeanPooled": MeanPooled(),
+    "MinMax": MinMax(),
+    "Antidiagonal": Antidiagonal(),
+    "LastQueries": LastQueries(),
+}
+"""Scores that learn nothing; a gate is measured beside them."""
 PATTERNS: dict[str, Pattern] = {"full": Full(), "causal": Causal()}
 
 
 @dataclass(frozen=True)
 class SelectorSizes:
-    """What is timed (B 1, one budget), and what is judged: some samples of text in windows, at several budgets."""
+    """What is timed (B 1, one budget), and what is judged: some samples of text in windows, at several budgets.
+
+    Gates learn from ``gate_samples`` windows of half the length of the text that the model was trained on.
+    """
 
     tokens: int = 32768
     heads: int = 8
@@ -46,6 +66,8 @@ class SelectorSizes:
     budgets: tuple[float, ...] = (0.05, 0.10, 0.20)
     window: int = 8192
     samples: int = 2
+    gate_samples: int = 8
+    gate_epochs: int = 2
     random_heads: int = 4
     random_head_dim: int = 32
 
@@ -59,8 +81,8 @@ class SelectorSizes:
 
 def selector_steps(rounds: int, sizes: SelectorSizes = SelectorSizes()) -> int:
     """How often `measure_selectors` calls its progress function, with a trained run."""
-    timed = len(sizes.thread_counts) * len(PATTERNS) * (1 + rounds * len(SCORES))
-    return timed + 2 * len(sizes.budgets) * len(plain_ways(SCORES, sizes.block_size))
+    timed = len(sizes.thread_counts) * len(PATTERNS) * (1 + rounds * (len(SCORES) + 1))
+    return timed + len(sizes.budgets) * (2 * len(plain_ways(SCORES, sizes.block_size)) + 1)
 
 
 def measure_selectors(
@@ -94,7 +116,8 @@ def _timed(
     generator = torch.Generator().manual_seed(0)
     shape = (1, sizes.tokens, sizes.heads, sizes.head_dim)
     q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
-    selectors = {name: Selector(score, TopBlocks(), sizes.block_size) for name, score in SCORES.items()}
+    scores = SCORES | {"Gate": Gate(sizes.heads, sizes.head_dim)}  # a trained one takes as long
+    selectors = {name: Selector(score, TopBlocks(), sizes.block_size) for name, score in scores.items()}
     few = q[:, : 8 * sizes.block_size]
     for selector in selectors.values():  # the first calls build and load what later ones use
         chosen_seconds(selector, few, few, few, 2, pattern)
@@ -104,8 +127,8 @@ def _timed(
     step()
     seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in selectors}
     for _ in range(rounds):
-        q = torch.randn(shape, generator=generator)
         for name, selector in selectors.items():
+            q = torch.randn(shape, generator=generator)  # two scores may choose alike
             seconds[name].append(chosen_seconds(selector, q, k, v, sizes.budget, pattern))
             step()
     rows: list[dict[str, Any]] = []
@@ -153,17 +176,20 @@ def _judged(sizes: SelectorSizes, run: Path, progress: Callable[[], object] | No
     except InvalidInput as error:
         quality["the trained model"] = {"absent": str(error)}
     else:
-        quality["the trained model"] = _rows_of(sizes, layers, progress)
+        learnt = trained_heads(run, layers[0][0].q.shape[1] // 2, sizes.gate_samples, held_out=False)
+        gates = distilled_gates(learnt, sizes.block_size, sizes.gate_epochs)
+        quality["the trained model"] = _rows_of(sizes, layers, progress, gated(gates, sizes.block_size))
     layers = random_heads(sizes.window, sizes.random_heads, sizes.random_head_dim)
     quality["random numbers"] = _rows_of(sizes, layers, progress)
     return quality
 
 
-def _rows_of(sizes: SelectorSizes, layers: Any, progress: Callable[[], object] | None) -> dict[str, Any]:
+def _rows_of(sizes: SelectorSizes, layers: Layers, progress: Callable[[], object] | None, *more: Way) -> dict[str, Any]:
     _, tokens, heads, head_dim = layers[0][0].q.shape
+    ways = [*plain_ways(SCORES, sizes.block_size), *more]
     return {
         "heads": f"{len(layers)} layers, {len(layers[0])} samples of {tokens} tokens, H {heads}, D {head_dim}",
-        "rows": judge(layers, plain_ways(SCORES, sizes.block_size), sizes.budgets, sizes.block_size, progress),
+        "rows": judge(layers, ways, sizes.budgets, sizes.block_size, progress),
     }
 
 
@@ -188,7 +214,7 @@ def time_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def selector_tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]], str]]:
     """(title, columns, rows, note) of each table to show."""
     note = (
-        f"{results['timed']}, random tensors, other ones each round, so that no table of tiles is kept: median "
+        f"{results['timed']}, random tensors, new ones for each call, so that no table of tiles is kept: median "
         "(lowest-highest).\nDense is attend on all pairs, and ran once."
     )
     columns = quality_columns(results["budgets"])
@@ -212,5 +238,6 @@ def _quality_note(judged: str, about: Sequence[str]) -> str:
         f"{judged}; means over layers, samples and heads (lowest-highest). {'; '.join(about)}.\n"
         "mass recall: share of the attention mass that is computed. output error: relative L2 against full attention. "
         "Oracle: the blocks of the greatest mass, the limit of any choice.\n"
-        "Mass and Threshold: their number is set so that all layers together keep the budget."
+        "Gate: one for each layer, distilled for this from other text. Pooled blocks: one mean key for each block not "
+        "chosen.\nMass and Threshold: their number is set so that all layers together keep the budget."
     )
