@@ -51,6 +51,15 @@ def test_long_strips_have_adjacent_steps_only(size: tuple[int, int, int]) -> Non
     check_walk(size)
 
 
+@pytest.mark.parametrize("size", [(401, 4, 1), (401, 3, 2), (6, 401, 5)])
+def test_a_long_odd_strip_is_walked_once_and_not_there_and_back(size: tuple[int, int, int]) -> None:
+    along = walk(size)[size.index(401)]
+    assert along[-1] == 400
+    assert (along.cummax(0).values - along).max() <= 4 * max(side for side in size if side != 401)
+    crossing = (along == along[len(along) // 2]).nonzero().squeeze(1)
+    assert crossing[-1] - crossing[0] == len(crossing) - 1, "the middle slab is gone through in one go"
+
+
 @pytest.mark.usefixtures("cut_to_the_end")
 @pytest.mark.parametrize("size", [(9, 7, 5), (6, 9, 4), (1, 37, 20), (31, 2, 7), (8, 8, 8), (4, 9, 12), (30, 31, 1)])
 def test_places_are_the_inverse_of_the_walk(size: tuple[int, int, int]) -> None:

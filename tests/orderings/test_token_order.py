@@ -86,6 +86,8 @@ def test_an_order_moves_between_devices_and_never_changes() -> None:
 def test_another_size_is_refused() -> None:
     with pytest.raises(InvalidInput, match="the order is of 1,024 places, dim 1 of x has 1,000; make"):
         hilbert_order((32, 32)).apply(torch.zeros(2, 1000), 1)
+    with pytest.raises(InvalidInput, match=r"the order is on cpu, x on meta; move it with .to"):
+        mixed(4).apply(torch.zeros(4, device="meta"), 0)
     with pytest.raises(InvalidInput, match="Got dim 3"):
         mixed(4).undo(torch.zeros(4, 4), 3)
     batch = Order.batch([mixed(4)] * 2)

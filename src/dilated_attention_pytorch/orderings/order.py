@@ -91,7 +91,7 @@ class Order:
     def apply(self, x: Tensor, dim: int) -> Tensor:
         """``x`` with its ``dim`` in this order; an order of a batch reads the samples of x in dim 0.
 
-        Raises InvalidInput for an x of another length or batch size.
+        Raises InvalidInput for an x of another length or batch size, or on another device.
         """
         return self._moved(x, dim, self.permutation)
 
@@ -126,6 +126,8 @@ class Order:
     def _moved(self, x: Tensor, dim: int, numbers: Tensor) -> Tensor:
         if not -x.dim() <= dim < x.dim():
             raise InvalidInput(f"Order: expected a dim of x, which has shape {tuple(x.shape)}. Got dim {dim}.")
+        if x.device != numbers.device:
+            raise InvalidInput(f"Order: the order is on {numbers.device}, x on {x.device}; move it with .to(x.device).")
         dim %= x.dim()
         if x.shape[dim] != len(self):
             raise InvalidInput(
