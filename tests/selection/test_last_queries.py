@@ -69,11 +69,14 @@ def test_divergence_is_symmetric_and_bounded():
 
 
 def test_shares_of_blocks_are_a_softmax():
-    logits, visible = torch.randn(4, 3, 5), torch.rand(4, 3, 5) < 0.7
+    logits, visible = torch.randn(6, 4, 5), torch.rand(6, 4, 5) < 0.7
     visible[2] = False
     weight = logits.exp() * visible
     wanted = weight.sum(-1) / weight.sum((-2, -1)).clamp(min=1e-30)[:, None]
     torch.testing.assert_close(block_shares(logits, visible), wanted)
+    whole = torch.tensor([True, False, True, True])[:, None]
+    logits[1] = torch.nan
+    assert torch.equal(block_shares(logits, whole), block_shares(logits, whole.expand(4, 5)))
 
 
 @pytest.mark.parametrize("options", [{"queries": 0}, {"queries": True}, {"tau": -0.1}, {"tau": math.nan}, {"tau": 2.0}])

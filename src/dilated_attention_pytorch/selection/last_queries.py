@@ -17,8 +17,8 @@ from dilated_attention_pytorch.selection.mass import block_shares
 from dilated_attention_pytorch.selection.scores import MeanPooled
 from dilated_attention_pytorch.selection.selector import BlockScore
 
-_PAIRS = 1 << 20
-"""Logits that are held at once: 4 MiB."""
+_PAIRS = 1 << 21
+"""Logits that are held at once: 8 MiB."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -65,7 +65,7 @@ class LastQueries(BlockScore):
         (batch, q_blocks, size, heads, _), k_blocks = blocks.probe.shape, blocks.keys.shape[1]
         mass = torch.zeros(batch, heads, q_blocks, k_blocks, device=blocks.probe.device)
         rows, held = self._last(blocks)
-        group = blocks.kv_group
+        group, whole = blocks.kv_group, blocks.key_blocks.complete
         at_once = max(1, _PAIRS // (batch * group * rows.shape[2] * size * k_blocks))
         for kv_head in range(heads // group):
             members = slice(kv_head * group, (kv_head + 1) * group)
@@ -80,7 +80,7 @@ class LastQueries(BlockScore):
                 logits = probe.flatten(1, 3) @ keys[:, : columns * size].transpose(1, 2)
                 may = part.open_blocks[..., :columns]
                 may = (may if may.shape[1] == 1 else may[:, members])[:, :, :, None, :, None]
-                visible = may & blocks.keys_held[:, None, None, None, :columns]
+                visible = may if whole else may & blocks.keys_held[:, None, None, None, :columns]
                 share = block_shares(logits.view(*probe.shape[:4], columns, size), visible)
                 weight = (
                     held[:, row : row + at_once, :, None]

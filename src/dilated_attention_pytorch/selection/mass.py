@@ -110,14 +110,19 @@ def _shares(logits: Tensor, counts: Tensor) -> Tensor:
 def block_shares(logits: Tensor, visible: Tensor) -> Tensor:
     """Softmax over the visible of logits (..., K, V), summed over V: (..., K); 0 where nothing is visible.
 
+    ``visible`` broadcasts to the logits; with a last dim of 1 whole blocks are visible or not, which is faster.
+
     Example:
         >>> logits, last = torch.zeros(2, 2), torch.tensor([[True, True], [False, True]])
         >>> block_shares(logits, last)
         tensor([0.6667, 0.3333])
     """
-    logits = logits.masked_fill(~visible, -torch.inf)
-    peak = logits.amax((-2, -1), keepdim=True)
-    weight = (logits - peak.masked_fill(peak == -torch.inf, 0.0)).exp_().sum(-1)
+    if visible.shape[-1] > 1:
+        logits, visible = logits.masked_fill(~visible, -torch.inf), visible.any(-1, keepdim=True)
+    hidden = ~visible[..., 0]
+    peak = logits.amax(-1).masked_fill(hidden, -torch.inf).amax(-1)
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)[..., None, None]
+    weight = (logits - peak).exp_().sum(-1).masked_fill(hidden, 0.0)
     total = weight.sum(-1, keepdim=True)
     return weight / total.masked_fill(total == 0, 1.0)
 
