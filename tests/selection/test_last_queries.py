@@ -75,7 +75,7 @@ def test_shares_of_blocks_are_a_softmax():
     wanted = weight.sum(-1) / weight.sum((-2, -1)).clamp(min=1e-30)[:, None]
     torch.testing.assert_close(block_shares(logits, visible), wanted)
     whole = torch.tensor([True, False, True, True])[:, None]
-    logits[1] = torch.nan
+    logits[:, 1] = torch.nan
     assert torch.equal(block_shares(logits, whole), block_shares(logits, whole.expand(4, 5)))
 
 

@@ -140,8 +140,7 @@ class Antidiagonal(BlockScore):
             pairs = (held_q @ held_k.transpose(1, 2)).clamp(min=1)
             logits = logits * (blocks.scale / pairs).view(len(pairs), 1, *logits.shape[2:])
             keys = held_k.sum(-1).view(-1, 1, 1, 1, last, strides)
-            logits = logits + keys.log()
-            visible = visible & (keys > 0)
+            logits = logits + keys.log()  # -inf where there is none
             rows = (held_q.sum(-1) > 0).view(len(held_q), 1, -1, strides)
         share = block_shares(logits, visible) * rows[..., None]  # (B, G, Q, U, K)
         return share.sum(3) / rows.sum(-1, keepdim=True).clamp(min=1)
