@@ -22,7 +22,8 @@ from dilated_attention_pytorch.backends.sdpa.kernels import (
     choose_kernel,
 )
 from dilated_attention_pytorch.backends.strided import StridedWalk
-from dilated_attention_pytorch.plans import StridedPlan, candidate_plans
+from dilated_attention_pytorch.backends.tiled import TiledWalk
+from dilated_attention_pytorch.plans import StridedPlan, TilePlan, candidate_plans
 from dilated_attention_pytorch.problem import make_problem
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -253,6 +254,26 @@ def test_cuda_kernels_keep_the_laws(stand_in, kernel, names, dtypes):
     report = check_cases(Walked(kernel), names, dtypes)
     assert report.checked >= len(names)
     assert not report.refused
+    assert len(set(stand_in.names)) == 2
+
+
+class WalkedTiles(Walked):
+    """The same on tables of tiles."""
+
+    plans = (TilePlan,)
+
+    def forward(self, problem, plan):
+        return TiledWalk(self.kernel, problem.q.dtype, None, 1 << 18).forward(problem, plan)
+
+    def backward(self, problem, plan, *given):
+        return TiledWalk(self.kernel, problem.q.dtype, None, 1 << 18).backward(problem, plan, *given)
+
+
+def test_cuda_keeps_the_laws_on_tiles(stand_in):
+    """Only one of its kernels has the masks that partial tiles ask for."""
+    names = ("product_of_grids", "documents_summed-placed", "same_branch_twice", "not_nesting-decode")
+    report = check_cases(WalkedTiles(CudaEfficient()), names, [F16, F32])
+    assert report.checked == len(names) * (2 + 3)
     assert len(set(stand_in.names)) == 2
 
 

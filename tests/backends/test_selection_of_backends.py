@@ -5,7 +5,7 @@ import torch
 
 from dilated_attention_pytorch import Causal, InvalidInput, NoBackend, Softcap, attend, backends, longnet
 from dilated_attention_pytorch.backends import BACKENDS, DenseBackend, SdpaBackend, reasons, select
-from dilated_attention_pytorch.plans import DensePlan, StridedPlan, TilePlan, candidate_plans
+from dilated_attention_pytorch.plans import DensePlan, OrderedPlan, StridedPlan, TilePlan, candidate_plans
 from dilated_attention_pytorch.problem import make_problem
 
 GRIDS = longnet([4], [2]) & longnet([6], [3])  # a product without closed form
@@ -60,9 +60,11 @@ def test_on_a_cpu_auto_never_refuses(options):
 def test_long_patterns_without_a_closed_form():
     x = torch.zeros(1, 1024, 2, 8)
     problem = make_problem(x, x, x, scale=1.0, query_start=0)
-    assert chosen(problem, GRIDS) == ("dense", DensePlan)
-    with pytest.raises(NoBackend, match="closed form"):
-        chosen(problem, GRIDS, "sdpa")
+    assert chosen(problem, GRIDS) == ("sdpa", OrderedPlan)
+    long = make_problem(*[torch.zeros(1, 1024, 2, 8)] * 3, scale=1.0, query_start=0, bias=torch.zeros(1024))
+    assert chosen(long, GRIDS) == ("dense", DensePlan)
+    with pytest.raises(NoBackend, match=r"sdpa: .*gradient of a bias.*too long for one masked call"):
+        chosen(long, GRIDS, "sdpa")
 
 
 def test_every_reason_is_given():

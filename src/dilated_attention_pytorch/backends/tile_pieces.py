@@ -98,9 +98,7 @@ class _Tiles:
     @classmethod
     def of(cls, part: Part, num: Tensor, idx: Tensor, value: Tensor) -> _Tiles:
         """Those of a part in lists (B or 1, H or 1, Q) and (.., Q, W)."""
-        where = [
-            slice(*span) if size > 1 else slice(None) for span, size in zip((part.samples, part.heads), num.shape)
-        ]
+        where = [slice(*span) if size > 1 else slice(None) for span, size in zip((part.samples, part.heads), num.shape)]
         tables = [x[tuple(where)].expand(*part.shape, *x.shape[2:]).cpu().numpy() for x in (num, idx, value)]
         counted = tables[0].reshape(-1)
         held = np.arange(idx.shape[-1]) < counted[:, None]
@@ -130,7 +128,7 @@ class _Cut:
         full = _Tiles.of(self.part, plan.full_num, plan.full_idx, plan.full_count)
         kinds = [(int(c), full.where(full.value == c)) for c in np.unique(full.value)]
         kinds.append((PARTIAL, _Tiles.of(self.part, plan.kv_num, plan.kv_idx, plan.kv_table)))
-        for count, tiles in sorted(kinds, key=lambda kind: -len(kind[1].unit)):
+        for count, tiles in kinds:  # in an order that no other unit has a say in: rows stay the same bit for bit
             found.extend(self._of_kind(count, tiles))
         return TilePieces(tuple(found), bool(self.written.all()))
 
@@ -141,25 +139,34 @@ class _Cut:
         n = len(tiles.unit)
         rank = np.arange(n) - np.searchsorted(tiles.unit, tiles.unit)
         starts = np.flatnonzero(rank % self.list_tiles == 0)
-        sizes = np.diff(np.append(starts, n))
+        sizes, number = np.diff(np.append(starts, n)), rank[starts] // self.list_tiles
         ragged = (tiles.block[starts + sizes - 1] == self.key_blocks - 1) & (self.lacks > 0)
-        order = np.lexsort((ragged, sizes, rank[starts] > 0))  # first lists first; units stay ascending
-        alike = np.stack([rank[starts] > 0, sizes, ragged], 1)[order]
+        is_run = tiles.block[starts + sizes - 1] - tiles.block[starts] == sizes - 1
+        order = np.lexsort((is_run, ragged, sizes, number))  # a unit is in a piece once; units stay ascending
+        alike = np.stack([number, sizes, ragged, is_run], 1)[order]
         edges = np.flatnonzero((alike[1:] != alike[:-1]).any(1)) + 1
         found = []
         for low, high in pairwise([0, *edges.tolist(), len(order)]):
-            _, m, is_ragged = alike[low].tolist()
+            _, m, lacking, in_runs = alike[low].tolist()
+            entries = starts[order[low:high], None] + np.arange(m)
+            cuts = _stretches(self._blocks(tiles, entries[:, 0])) if in_runs else [0, len(entries)]
             step = max(1, self.call_tiles // m)
             step = step if self.max_units is None else min(step, self.max_units)
-            for first in range(low, high, step):
-                entries = starts[order[first : min(first + step, high)], None] + np.arange(m)
-                found.append(self._piece(count, tiles, entries, m * self.size - is_ragged * self.lacks))
+            for begin, end in pairwise(cuts):
+                for first in range(begin, end, step):
+                    part = entries[first : min(first + step, end)]
+                    found.append(self._piece(count, tiles, part, m * self.size - lacking * self.lacks))
         return found
+
+    def _blocks(self, tiles: _Tiles, entries: Ints) -> Ints:
+        """Places of blocks of keys among those of all the part's key-value heads."""
+        return tiles.block[entries] + tiles.unit[entries] // self.q_blocks * self.part.fan // self.part.group * (
+            self.key_blocks
+        )
 
     def _piece(self, count: int, tiles: _Tiles, entries: Ints, key_rows: int) -> TilePiece:
         units, device = tiles.unit[entries[:, 0]], self.plan.kv_num.device
-        base = units // self.q_blocks * self.part.fan // self.part.group
-        blocks = tiles.block[entries] + base[:, None] * self.key_blocks
+        blocks = self._blocks(tiles, entries)
         tables = None
         if count == PARTIAL:
             named = tiles.value[entries]
@@ -179,6 +186,15 @@ class _Cut:
             _run(blocks),
             fresh,
         )
+
+
+def _stretches(starts: Ints) -> list[int]:
+    """Places that cut numbers into evenly spaced stretches, if few do."""
+    gaps = np.diff(starts)
+    changes = np.flatnonzero(gaps[1:] != gaps[:-1]) + 1
+    jumps = changes[np.diff(changes, prepend=-2) > 1]  # a gap unlike its neighbours is two changes
+    n = len(starts)
+    return [0, *(jumps + 1).tolist(), n] if 4 * len(jumps) <= n else [0, n]
 
 
 def _run(blocks: Ints) -> tuple[int, int] | None:

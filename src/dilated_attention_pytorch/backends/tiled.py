@@ -12,14 +12,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dilated_attention_pytorch.backends.base import Gradients
 from dilated_attention_pytorch.backends.kernel import Kernel
 from dilated_attention_pytorch.backends.tile_pieces import PARTIAL, Part, TilePiece, TilePieces, pieces_of
 from dilated_attention_pytorch.memory import Workspace, empty
-from dilated_attention_pytorch.merging import merge_into
 from dilated_attention_pytorch.plans import TilePlan
 from dilated_attention_pytorch.problem import Problem
+
+ALIKE_ROWS = 64
+"""PyTorch computes the last numbers of a tensor, those past whole vectors, by other functions than the rest."""
+SERIAL_ROWS = 1 << 15
+"""From so many numbers on PyTorch shares them out among threads on a CPU, at any place."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,11 @@ class _Buffers:
         self._masks = dict[tuple[int, ...], tuple[Tensor, Tensor]]()
 
     def pieces(self, part: Part) -> TilePieces:
-        p, walk = self.problem, self.walk
-        return pieces_of(self.plan, part, p.key_length, walk.gathered_rows, self.kernel.max_batch)
+        p, walk, most = self.problem, self.walk, self.kernel.max_batch
+        if p.q.device.type == "cpu":
+            alone = max(1, (SERIAL_ROWS - 1) // _padded(part.fan * self.q_size))
+            most = alone if most is None else min(most, alone)
+        return pieces_of(self.plan, part, p.key_length, walk.gathered_rows, most)
 
     def units(self, part: Part) -> tuple[int, int]:
         """How many there are, and their rows, padded."""
@@ -203,6 +211,23 @@ def _give(x: Tensor, piece: TilePiece, rows: Tensor) -> None:
         x.index_copy_(0, piece.units, rows.to(x.dtype))
 
 
+def _padded(rows: int) -> int:
+    return -(-rows // ALIKE_ROWS) * ALIKE_ROWS
+
+
+def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Merge a part of some units into the running out (n, rows, D) and lse (n, rows), in place; every lse is finite.
+
+    As `merging.merge_into`, and a unit's numbers do not depend on which others stand beside it, bit for bit: tables
+    that were chosen from data put causal rows beside other ones when later tokens change.
+    """
+    rows = lse.shape[1]
+    now, new = (pad(x, (0, _padded(rows) - rows)) for x in (lse, part_lse))
+    weight = torch.sigmoid(new - now)[:, :rows].unsqueeze(-1)  # 1 where nothing was seen before
+    out.mul_(1 - weight).add_(part_out * weight)  # each product and sum rounded, in whatever vectors
+    lse.copy_(torch.logaddexp(now, new)[:, :rows])
+
+
 def _profiled(piece: TilePiece, rows: int, kernel: Kernel) -> AbstractContextManager[object]:
     """A range that names the piece, when a profiler listens."""
     if not torch.autograd.profiler._is_profiler_enabled:
@@ -240,7 +265,7 @@ def _forward_part(part: Part, work: _Buffers) -> tuple[Tensor, Tensor]:
             _give(lse, piece, part_lse)
             continue
         now_out, now_lse = _take(out, piece), _take(lse, piece)
-        merge_into(now_out, now_lse, part_out.to(out.dtype), part_lse)
+        _merge(now_out, now_lse, part_out.to(out.dtype), part_lse)
         if piece.first_unit is None:
             _give(out, piece, now_out)
             _give(lse, piece, now_lse)

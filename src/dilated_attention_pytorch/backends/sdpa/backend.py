@@ -1,4 +1,4 @@
-"""PyTorch's own fused kernels: calls for the pieces of strided and tile plans, one masked call for a short DensePlan."""
+"""PyTorch's own fused kernels: on pieces of strided and tile plans, or one masked call for a short DensePlan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KERNELS = ("auto", "cudnn_attention", "flash_attention", "efficient_attention")
 class SdpaOptions(Options):
     """``packed_rows`` (tokens x heads x samples) are packed at once on a CPU; ``kernel`` names one of CUDA's.
 
-    On a GPU everything that shares pieces is packed at once.
+    On a GPU everything that shares pieces is packed at once; so are all rows of a head where a plan has tiles.
 
     Example:
         >>> SdpaOptions(packed_rows=4096).kernel
@@ -47,7 +47,7 @@ class SdpaOptions(Options):
 
 
 class SdpaBackend(Backend):
-    """PyTorch's own fused kernels: a call per piece of a strided or tile plan, one masked call for a short DensePlan."""
+    """PyTorch's own fused kernels: on pieces of strided and tile plans, or one masked call for a short DensePlan."""
 
     name = "sdpa"
     plans = (StridedPlan, OrderedPlan, TilePlan, DensePlan)
