@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dilated_attention_pytorch import Documents, Full, InvalidInput, Window
+from dilated_attention_pytorch import Documents, Full, InvalidInput, Window, longnet
 from dilated_attention_pytorch.models import LongNetEncoder
 from dilated_attention_pytorch.nn import (
     AdaptiveSparseAttention,
@@ -79,6 +79,19 @@ def test_a_layer_in_order_is_the_layer_between_two_permutations(kind, order) -> 
     for b, sample in enumerate(x):
         close(got[b], back(order, layer(by_hand(order, sample, b)[None])[0], b))
     assert (got - layer(x)).abs().max() > 1e-3, "the order matters to these patterns"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_see_those_whose_places_on_the_curve_the_pattern_links(order, dtype) -> None:
+    q, k, v = (x.to(dtype) for x in heads())
+    out = Ordered(DilatedAttention(SEGMENTS, RATES), order)(q, k, v)
+    counts = longnet(SEGMENTS, RATES).to_mask(H, N).double()
+    for b in range(2):
+        inverse = order.inverse[b] if order.is_batch else order.inverse
+        logits = torch.einsum("qhd,khd->hqk", q[b].double(), k[b].double()) / 8**0.5
+        weights = (logits + counts[:, inverse][:, :, inverse].log()).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights, v[b].double())
+        torch.testing.assert_close(out[b].double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-11)
 
 
 def test_ready_made_heads_masks_and_weights_are_carried(order) -> None:
