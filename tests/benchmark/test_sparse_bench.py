@@ -86,6 +86,10 @@ def test_useful_rates_are_flops_over_seconds_over_those_of_the_dense_kernel(monk
     assert figures["forward"]["times faster than dense"]["median"] == 20.0
     assert both["times faster than dense"]["median"] == 2.5
     assert figures["forward"]["GFLOP/s"] == round(flops / 0.5 / 1e9, 1)
+    both_threads = sparse.measure_sparse(1, None, replace(SPARSE, densities=(0.5,), thread_counts=(1, 2)))
+    lone, last = (run["backends"]["auto"]["forward + backward"] for run in both_threads["runs"])
+    assert lone["times faster than dense"] is None  # dense attention's backward pass runs once only
+    assert last["times faster than dense"]["median"] == 2.5
     assert measured["backends"]["nobody"] == {"absent": "there is no backend 'nobody'"}
     ((_, columns, rows, note),) = sparse.sparse_tables(results)
     assert all(len(row) == len(columns) for row in rows)
@@ -297,7 +301,7 @@ def test_adaptive_attention_chooses_for_new_data_each_time(training):
 
 
 def test_where_each_way_wins(monkeypatch):
-    clock = Clock({"('dense', 1.0)": 1.0, "('dilated', 0.25)": 0.2, "('block-sparse', 0.25)": 0.202})
+    clock = Clock({"dilated 0.25": 0.2, "block-sparse 0.25": 0.202})
     monkeypatch.setattr(winners, "interleaved_seconds", clock.rounds)
     monkeypatch.setattr(winners, "seconds_of", lambda one: 4.0)
     calls = []
@@ -321,16 +325,16 @@ def test_where_each_way_wins(monkeypatch):
     assert "selection and its tables included" in note
 
 
-def test_what_would_take_too_long_is_left_out_with_its_work():
-    sizes = replace(WINNERS, tokens=(128,), densities=(0.25,), too_long=1e6)
+def test_where_dense_attention_would_take_too_long_nothing_is_measured():
+    sizes = replace(WINNERS, tokens=(128,), densities=(0.25,), too_long=4e6)
     results = winners.measure_winners(1, None, sizes)
-    forward, both = (cell["ways"] for cell in results["cells"])
-    assert forward["dense"] == {"left out": "too long: 2.1e-06 TFLOP"}
-    assert forward["dilated"]["median"] > 0
-    assert set(both["adaptive"]) == {"left out"}
+    forward, both = results["cells"]
+    assert forward["ways"]["dense"]["median"] > 0
+    assert both["ways"] == {"dense": {"left out": "too long: 7.34e-06 TFLOP"}}
+    assert winners.fastest(both) == []
     rows = list(winners.winner_rows(results))
-    assert rows[0][-1] == ""  # nothing to compare with
-    assert winners.times_faster_by_tokens(results, 0.25) == {}
+    assert rows[1] == ("128", "all", "forward + backward", "too long: 7.34e-06 TFLOP", "", "", "", "", "")
+    assert winners.times_faster_by_tokens(results, 0.25).keys() == {"dilated", "block-sparse", "adaptive"}
 
 
 def test_orders_are_as_local_and_take_as_long_as_measured(monkeypatch):

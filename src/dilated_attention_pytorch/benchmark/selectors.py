@@ -79,9 +79,14 @@ class SelectorSizes:
         )
 
 
+def _timings(sizes: SelectorSizes) -> list[tuple[int, str]]:
+    """Threads and pattern of each timing; causal on the last number of threads only."""
+    return [(count, "full") for count in sizes.thread_counts] + [(sizes.thread_counts[-1], "causal")]
+
+
 def selector_steps(rounds: int, sizes: SelectorSizes = SelectorSizes()) -> int:
     """How often `measure_selectors` calls its progress function, with a trained run."""
-    timed = len(sizes.thread_counts) * len(PATTERNS) * (1 + rounds * (len(SCORES) + 1))
+    timed = len(_timings(sizes)) * (1 + rounds * (len(SCORES) + 1))
     return timed + len(sizes.budgets) * (2 * len(plain_ways(SCORES, sizes.block_size)) + 1)
 
 
@@ -96,10 +101,10 @@ def measure_selectors(
     Without a trained run its place says so.
     """
     timed: list[dict[str, Any]] = []
-    for count in sizes.thread_counts:
+    for count, name in _timings(sizes):
         with threads(count):
-            for name, pattern in PATTERNS.items():
-                timed += [{"threads": count, "pattern": name} | row for row in _timed(sizes, pattern, rounds, progress)]
+            rows = _timed(sizes, PATTERNS[name], rounds, progress)
+        timed += [{"threads": count, "pattern": name} | row for row in rows]
     return {
         "timed": sizes.describe(),
         "times": timed,

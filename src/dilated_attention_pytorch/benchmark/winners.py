@@ -20,9 +20,11 @@ from dilated_attention_pytorch.benchmark.cases import Case
 from dilated_attention_pytorch.benchmark.measure import Spread, interleaved_seconds, seconds_of
 from dilated_attention_pytorch.benchmark.sparse import block_pairs
 from dilated_attention_pytorch.explanation import explain
-from dilated_attention_pytorch.patterns import Full, longnet, random_blocks
+from dilated_attention_pytorch.patterns import Full, Pattern, longnet, random_blocks
 from dilated_attention_pytorch.selection import MeanPooled, Selector, TopBlocks
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""q, k, v and a gradient of the output."""
 WAYS = ("dense", "dilated", "block-sparse", "adaptive")
 WORKS = ("forward", "forward + backward")
 FIGURE_DENSITY = 0.10
@@ -32,9 +34,10 @@ TIE = 1.05
 
 @dataclass(frozen=True)
 class WinnerSizes:
-    """What is compared: B 1, H heads of head dim D. Runs above ``too_long`` FLOPs are left out.
+    """What is compared: B 1, H heads of head dim D.
 
-    Problems whose dense forward is above ``once`` FLOPs run once without a warm-up.
+    Where dense attention is above ``too_long`` FLOPs nothing is measured, above ``once`` all ways run once, without a
+    warm-up.
     """
 
     tokens: tuple[int, ...] = (1024, 4096, 16384, 65536)
@@ -46,7 +49,7 @@ class WinnerSizes:
     once: float = 1e12
     too_long: float = 5e12
 
-    def inputs(self, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self, tokens: int) -> Inputs:
         """q, k, v and a gradient of the output."""
         generator = torch.Generator().manual_seed(0)
         shape = (1, tokens, self.heads, self.head_dim)
@@ -118,59 +121,59 @@ def measure_winners(
     return {
         "shape": f"B 1, H {sizes.heads}, D {sizes.head_dim}, blocks of {sizes.block_size}",
         "threads": sizes.thread_count,
+        "once above TFLOP": sizes.once / 1e12,
         "cells": cells,
     }
 
 
 def _cells(sizes: WinnerSizes, tokens: int, work: str, rounds: int) -> list[dict[str, Any]]:
-    """One cell for each density, all measured in the same rounds."""
-    q, k, v, dout = sizes.inputs(tokens)
-    all_flops = sizes.dense_flops(tokens, work)
-    long = all_flops > sizes.once
-    runs: dict[tuple[str, float], Callable[[], object]] = {}
+    """One cell for each density, all measured in the same rounds; one for all where dense attention is too long."""
+    place = {"tokens": tokens, "work": work}
+    flops = sizes.dense_flops(tokens, work)
+    if flops > sizes.too_long:
+        reason = {"left out": f"too long: {flops / 1e12:.3g} TFLOP"}
+        return [place | {"density": None, "held": {}, "ways": {"dense": reason}}]
+    calls = 1 if flops > sizes.once else rounds + 1
+    inputs = sizes.inputs(tokens)
+    runs: dict[str, Callable[[], object]] = {"dense": _kept(inputs, Full(), work)}
     cells: list[dict[str, Any]] = []
-
-    def plain(pattern: Any) -> Callable[[], object]:
-        leaf = q.detach().requires_grad_(work != WORKS[0])
-        explain(leaf, k, v, pattern)  # the plan is made and kept
-        return forward_run(q, k, v, pattern) if work == WORKS[0] else training_run(q, k, v, dout, pattern, "auto")
-
-    def left_out(flops: float) -> dict[str, Any] | None:
-        return {"left out": f"too long: {flops / 1e12:.3g} TFLOP"} if flops > sizes.too_long else None
-
-    dense_out = left_out(all_flops)
-    if dense_out is None:
-        runs["dense", 1.0] = plain(Full())
     for density in sizes.densities:
-        case = dilated_case(tokens, density, sizes.heads, sizes.head_dim)
-        held, ways = {"dense": 1.0, "dilated": case.pairs / (sizes.heads * tokens**2)}, {"dense": dense_out}
-        ways["dilated"] = left_out(density * all_flops)
-        if ways["dilated"] is None:
-            runs["dilated", density] = plain(longnet(case.segment_lengths, case.dilation_rates))
-        blocks = -(-tokens // sizes.block_size)
-        few = (
-            {"left out": f"less than one of {blocks} blocks"} if density * blocks < 1 else left_out(density * all_flops)
-        )
-        ways |= {"block-sparse": few, "adaptive": few}
-        if few is None:
-            layout = random_blocks(tokens, block_size=sizes.block_size, density=density, num_heads=sizes.heads)
-            held["block-sparse"] = block_pairs(layout, tokens, sizes.heads) / (sizes.heads * tokens**2)
-            selector = Selector(MeanPooled(), TopBlocks(), block_size=sizes.block_size)
-            held["adaptive"] = selector(q, k, density).density
-            runs["block-sparse", density] = plain(layout)
-            given = None if work == WORKS[0] else dout
-            runs["adaptive", density] = adaptive_run(q, k, v, given, selector, density, 1 if long else rounds + 1)
-        held = {way: round(share, 4) for way, share in held.items()}
-        cells.append({"tokens": tokens, "work": work, "density": density, "held": held, "ways": ways})
-    if long:
-        seconds = {str(at): [seconds_of(run)] for at, run in runs.items()}
-    else:
-        seconds = interleaved_seconds({str(at): run for at, run in runs.items()}, rounds)
+        held, of_density = _runs(sizes, inputs, density, work, calls)
+        runs |= {f"{way} {density}": run for way, run in of_density.items()}
+        cells.append(place | {"density": density, "held": held})
+    measured = interleaved_seconds(runs, rounds) if calls > 1 else {n: [seconds_of(run)] for n, run in runs.items()}
+    spreads = {name: Spread.of(seconds).times(1000).to_dict() for name, seconds in measured.items()}
+    few = {"left out": f"less than one of {-(-tokens // sizes.block_size)} blocks"}
     for cell in cells:
-        for way, reason in cell["ways"].items():
-            at = str((way, 1.0 if way == "dense" else cell["density"]))
-            cell["ways"][way] = reason if reason is not None else Spread.of(seconds[at]).times(1000).to_dict()
+        cell["ways"] = {"dense": spreads["dense"]}
+        cell["ways"] |= {way: spreads.get(f"{way} {cell['density']}", few) for way in WAYS[1:]}
     return cells
+
+
+def _kept(inputs: Inputs, pattern: Pattern, work: str) -> Callable[[], object]:
+    """A call of `attend`, or of it and its backward pass, whose plan was made before and is kept."""
+    q, k, v, dout = inputs
+    explain(q.detach().requires_grad_(work != WORKS[0]), k, v, pattern)
+    return forward_run(q, k, v, pattern) if work == WORKS[0] else training_run(q, k, v, dout, pattern, "auto")
+
+
+def _runs(
+    sizes: WinnerSizes, inputs: Inputs, density: float, work: str, calls: int
+) -> tuple[dict[str, float], dict[str, Callable[[], object]]]:
+    """The density that each way really has, and a call of each; without those of blocks where it is below one."""
+    q, k, v, dout = inputs
+    tokens, everything = q.shape[1], sizes.heads * q.shape[1] ** 2
+    case = dilated_case(tokens, density, sizes.heads, sizes.head_dim)
+    held = {"dense": 1.0, "dilated": case.pairs / everything}
+    runs = {"dilated": _kept(inputs, longnet(case.segment_lengths, case.dilation_rates), work)}
+    if density * -(-tokens // sizes.block_size) >= 1:
+        layout = random_blocks(tokens, block_size=sizes.block_size, density=density, num_heads=sizes.heads)
+        selector = Selector(MeanPooled(), TopBlocks(), block_size=sizes.block_size)
+        held["block-sparse"] = block_pairs(layout, tokens, sizes.heads) / everything
+        held["adaptive"] = selector(q, k, density).density
+        runs["block-sparse"] = _kept(inputs, layout, work)
+        runs["adaptive"] = adaptive_run(q, k, v, None if work == WORKS[0] else dout, selector, density, calls)
+    return {way: round(share, 4) for way, share in held.items()}, runs
 
 
 def fastest(cell: dict[str, Any]) -> list[str]:
@@ -209,23 +212,26 @@ def winner_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Rows of `WINNER_COLUMNS`; "adaptive against dense" is how many times faster it is, its selection included."""
     for cell in results["cells"]:
         shown = [
-            figures["left out"] if "left out" in figures else time_text(figures["median"])
-            for figures in (cell["ways"][way] for way in WAYS)
+            figures["left out"] if "left out" in figures else time_text(figures["median"]) if figures else ""
+            for figures in (cell["ways"].get(way, {}) for way in WAYS)
         ]
-        dense, adaptive = (cell["ways"][way].get("median") for way in ("dense", "adaptive"))
+        dense, adaptive = (cell["ways"].get(way, {}).get("median") for way in ("dense", "adaptive"))
         ratio = "" if dense is None or adaptive is None else f"{dense / adaptive:.2f}"
-        place = (f"{cell['tokens']}", f"{100 * cell['density']:.0f} %", cell["work"])
+        density = "all" if cell["density"] is None else f"{100 * cell['density']:.0f} %"
+        place = (f"{cell['tokens']}", density, cell["work"])
         yield *place, *shown, ", ".join(fastest(cell)), ratio
 
 
 def winner_tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]], str]]:
     """(title, columns, rows, note) of the table to show."""
-    held = sorted({round(100 * cell["held"]["dilated"] / cell["density"]) for cell in results["cells"]})
+    held = sorted({round(100 * cell["held"]["dilated"] / cell["density"]) for cell in results["cells"] if cell["held"]})
+    about = f" with {held[0]}-{held[-1]} % of the pairs that the density asks for" if held else ""
     note = (
         f"{results['shape']}, {results['threads']} threads, medians. dense: all pairs. dilated: branches (w, 1), "
-        f"(2w, 2), (4w, 4) with {held[0]}-{held[-1]} % of the pairs that the density asks for.\n"
+        f"(2w, 2), (4w, 4){about}.\n"
         "block-sparse: random blocks, other ones for each head, the plan kept as in training. adaptive: blocks chosen "
         "by mean-pooled scores, for new data each time,\nselection and its tables included. They compute different "
-        f"patterns. Within {100 * (TIE - 1):.0f} % of the fastest is a tie."
+        f"patterns, none of them causal. Within {100 * (TIE - 1):.0f} % of the fastest is a tie. Where dense attention is "
+        f"above {results['once above TFLOP']:g} TFLOP each ran once."
     )
     return [("Where each way wins", WINNER_COLUMNS, list(winner_rows(results)), note)]
