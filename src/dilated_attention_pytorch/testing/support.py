@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dilated_attention_pytorch.backends import BACKENDS, Backend
-from dilated_attention_pytorch.patterns import Causal, Dilated, Documents, Pattern, Window, longnet
+from dilated_attention_pytorch.patterns import BlockSparse, Causal, Dilated, Documents, Pattern, Window, longnet
 from dilated_attention_pytorch.plans import candidate_plans
 from dilated_attention_pytorch.problem import Problem
 from dilated_attention_pytorch.scores import Relative, Softcap
@@ -73,6 +73,7 @@ FEATURES = (
     _feature("sliding window", Window(100) & Causal()),
     _feature("packed documents", Documents([1000, 1048]).of(_LONGNET)),
     _feature("right padding", batch=2, visible=(2048, 700)),
+    _feature("block-sparse, causal", BlockSparse(128, torch.arange(256).view(16, 16) % 3 == 0) & Causal()),
     _feature("no closed form: a product of grids", Dilated(256, 2) & Dilated(768, 3)),
     _feature("rows that are not consecutive", every_other_row=True),
     _feature("one query (decoding)", _LONGNET & Causal(), query_length=1, key_length=2048, needs_grad=False),
