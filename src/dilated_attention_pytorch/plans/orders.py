@@ -62,14 +62,22 @@ class RowOrder:
         )
 
     def applied(self, problem: Problem) -> Problem:
-        """The same problem with its rows in this order: q, k, v and the bias are copied."""
+        """The same problem with its rows in this order: q, k, v and the bias are copied.
+
+        Padded keys are 0 in the copies and no longer at the end; that they are not seen is left to the tables of tiles.
+        """
         bias = problem.bias
         if bias is not None:
             bias = bias if bias.shape[-1] == 1 else bias.index_select(-1, self.key_rows)
             bias = bias if bias.dim() < 2 or bias.shape[-2] == 1 else bias.index_select(-2, self.query_rows)
         q = problem.q.index_select(1, self.query_rows)
         k, v = (x.index_select(1, self.key_rows) for x in (problem.k, problem.v))
-        return replace(self.placed(problem), q=q, k=k, v=v, bias=bias)
+        placed = self.placed(problem)
+        if problem.key_lengths is not None:
+            at = positions_tensor(placed.key_positions, k.device)
+            padding = at >= torch.tensor(problem.key_lengths, device=k.device).view(-1, 1)
+            k, v = (x.masked_fill_(padding[..., None, None], 0.0) for x in (k, v))
+        return replace(placed, q=q, k=k, v=v, bias=bias, key_lengths=None)
 
     def ordered_queries(self, x: Tensor, dim: int) -> Tensor:
         """A copy of ``x`` whose query rows, along ``dim``, stand in this order."""
