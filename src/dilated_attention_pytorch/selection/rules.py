@@ -105,6 +105,9 @@ def _best(scores: Tensor, candidates: Tensor, number: Tensor) -> Tensor:
     highest = ranked.topk(most, -1).values
     number = number.expand(scores.shape[:-1]).unsqueeze(-1)
     last = torch.where(number > 0, highest.gather(-1, (number - 1).clamp(0, most - 1)), torch.inf)
-    above = ranked > last
-    ties = (ranked == last) & candidates
+    chosen = (ranked >= last) & candidates
+    if bool((chosen.sum(-1, keepdim=True) <= number).all()):
+        return chosen
+    above = ranked > last  # some share the last score: the lower blocks among them
+    ties = chosen & ~above
     return above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= number - above.sum(-1, keepdim=True)))

@@ -22,8 +22,8 @@ from dilated_attention_pytorch.selection.blocks import (
     table_shape,
 )
 
-_CELLS = 1 << 26
-"""Scores of so many blocks, over samples and heads, are held at once: 256 MiB."""
+_CELLS = 1 << 24
+"""Scores of so many blocks, over samples and heads, are held at once: 64 MiB."""
 
 
 class BlockScore(ABC):
