@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import Causal, Documents, InvalidInput, attend, reference_attention
-from dilated_attention_pytorch.backends import NativeBackend
+from dilated_attention_pytorch.backends import DenseBackend, NativeBackend, SdpaBackend
 from dilated_attention_pytorch.patterns import Full, pattern_from_text
 from dilated_attention_pytorch.patterns.base import Block
 from dilated_attention_pytorch.plans import DensePlan, OrderedPlan, candidate_plans
@@ -14,6 +14,8 @@ from dilated_attention_pytorch.plans.orders import fixed_classes, ordered_plan
 from dilated_attention_pytorch.plans.tiles import visited_tiles
 from dilated_attention_pytorch.problem import make_problem
 from dilated_attention_pytorch.selection.dilation import AdaptiveDilation, DilatedBlocks
+from dilated_attention_pytorch.testing.cases import Case
+from dilated_attention_pytorch.testing.contract import ContractReport, check_case
 
 
 def _rates(*shape: int, most: int = 4, seed: int = 0) -> torch.Tensor:
@@ -83,10 +85,29 @@ def test_keys_by_residue_show_the_budget_in_the_tiles():
     assert torch.equal(ordered.expand(problem)[0], pattern.to_mask(1, 4096))
 
 
-@pytest.mark.parametrize("shape", [(3, 32), (2, 1, 32), (2, 3, 32)], ids=str)
+_HELD = DilatedBlocks(32, 128, _rates(2, 4, 10, seed=1), 4)
+_CONTRACT = (
+    Case("dilated_blocks", DilatedBlocks(8, 16, _rates(4, 7), 4), query_length=53),
+    Case("dilated_blocks_causal", _HELD & Causal(), query_length=230, kv_heads=2, visible=(230, 157)),
+    Case("dilated_blocks_documents", Documents([[140, 60], [200, 0]]).of(_HELD) & Causal(), query_length=200),
+)
+
+
+@pytest.mark.parametrize("backend", [DenseBackend(), SdpaBackend(), NativeBackend()], ids=lambda b: b.name)
+@pytest.mark.parametrize("case", _CONTRACT, ids=lambda c: c.name)
+def test_dilated_blocks_pass_the_contract(backend, case):
+    if backend.import_error() is not None:
+        pytest.skip(f"{backend.name}: {backend.import_error()}")
+    report = ContractReport()
+    check_case(backend, case, torch.float32, "cpu", report)
+    assert report.checked > 0
+    assert not report.refused
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (2, 1, 16), (2, 3, 16)], ids=str)
 def test_tables_of_tiles_expand_to_the_counts(shape):
-    q = torch.zeros(2, 1000, 3, 8)
-    mask = torch.arange(1000) >= torch.tensor([[1000], [700]])
+    q = torch.zeros(2, 500, 3, 8)
+    mask = torch.arange(500) >= torch.tensor([[500], [333]])
     for padding in (None, mask):
         problem = make_problem(q, q, q, scale=1.0, query_start=0, key_padding_mask=padding)
         for pattern in (
@@ -96,7 +117,7 @@ def test_tables_of_tiles_expand_to_the_counts(shape):
             ordered, dense = candidate_plans(pattern, problem)
             assert isinstance(ordered, OrderedPlan)  # and no plan in row order
             assert isinstance(dense, DensePlan)
-            expected = pattern.to_mask(3, 1000).expand(2, 3, 1000, 1000)
+            expected = pattern.to_mask(3, 500).expand(2, 3, 500, 500)
             if padding is not None:
                 expected = expected * ~padding[:, None, None, :]
             assert torch.equal(ordered.expand(problem), expected)
