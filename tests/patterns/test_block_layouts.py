@@ -262,7 +262,7 @@ def test_tables_that_cannot_be_built(make, words):
         make()
 
 
-def test_a_million_tokens_are_one_table():
-    pattern = random_blocks(1 << 20, density=0.005)
-    assert pattern.layout.shape == (8192, 8192)
-    assert abs(pattern.density - 0.005) < 1e-7
+def test_half_a_million_tokens_are_one_table():
+    pattern = random_blocks(1 << 19, density=0.005)
+    assert pattern.layout.shape == (4096, 4096)
+    assert abs(pattern.density - 0.005) < 1e-6

@@ -158,7 +158,7 @@ class Pattern(ABC):
     def signs(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Tensor, ...] | None:
         """Numbers of pairs of blocks, as `count_bounds` takes them: where they agree, the counts are equal.
 
-        Pairs are compared whose rows stand alike, as far apart in both. None: nothing is known.
+        Pairs are compared whose rows stand alike above their lowest ones. None: nothing is known but the `period`.
         """
         return None
 

@@ -13,7 +13,7 @@ from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns.base import Block, Index, Pattern
 from dilated_attention_pytorch.problem import Problem, positions_end
 
-_MOST_CELLS = 64
+_MOST_CELLS = 64  # that a tile is told by
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +63,10 @@ class BlockSparse(Pattern):
         if table.dim() == 2:
             return table[row, column] * inside.long()
         head = head.to(row.device).clamp(max=table.shape[-3] - 1)
-        found = table[..., head, row, column] * inside.long()
         if table.dim() == 3:
-            return found
-        return found.view(table.shape[0], *([1] * (4 - found.dim())), *found.shape[1:])
+            return table[head, row, column] * inside.long()
+        sample = torch.arange(table.shape[0], device=row.device).view(-1, 1, 1, 1)
+        return table[sample, head, row, column] * inside.long()
 
     @property
     def density(self) -> float:
@@ -111,24 +111,14 @@ class BlockSparse(Pattern):
             found &= (first <= end).view((-1, 1) if dim == -2 else (-1,))
         return found.view(-1, *found.shape[-2:])
 
-    def cells(self, head: Tensor, q: Block, k: Block) -> list[Tensor] | None:
-        """The counts of all cells that pairs of blocks meet, a tensor for each place, as elementwise as `count`.
-
-        The numbers of cells are those of the pair that meets most; None when they are more than 64.
-
-        Example:
-            >>> one, two = (Block(*torch.tensor([[low], [high], [1]])) for low, high in ((0, 1), (2, 5)))
-            >>> table = BlockSparse(2, torch.tensor([[1, 2, 3]]))
-            >>> [int(cell) for cell in table.cells(torch.tensor([0]), one, two)]
-            [2, 3]
-        """
+    def signs(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Tensor, ...] | None:
         sides = [(side.low // size, side.high // size) for side, size in zip((q, k), self.block_size)]
         rows, columns = (1 + int((last - first).max()) for first, last in sides)
         if rows * columns > _MOST_CELLS:
             return None
         table, ((top, _), (left, _)) = self.layout.to(q.low.device), sides
-        places = [(i, j) for i in range(rows) for j in range(columns)]
-        return [self._cells(table, head, top + i, left + j) for i, j in places]
+        cells = [self._cells(table, head, top + i, left + j) for i in range(rows) for j in range(columns)]
+        return q.low % self.block_size[0], k.low % self.block_size[1], *cells
 
     def count_bounds(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Index, Index]:
         (top, bottom), (left, right) = (

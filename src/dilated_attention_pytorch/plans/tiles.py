@@ -228,7 +228,7 @@ class _Reader:
         The side of a sum or product whose count is the same all over a tile adds that count alone.
         """
         if pattern.period is not None:
-            return [tiles.head, q.low % pattern.period, k.low - q.low]
+            return [tiles.head * pattern.varies_by_head, q.low % pattern.period, k.low - q.low]
         if isinstance(pattern, And | Sum):
             signs = []
             for side in (pattern.left, pattern.right):
@@ -237,9 +237,6 @@ class _Reader:
                 varied = low != high
                 signs += [torch.where(varied, -1, low), *(x * varied for x in self._signs(side, tiles, q, k))]
             return signs
-        if isinstance(pattern, BlockSparse) and (cells := pattern.cells(tiles.head, q, k)) is not None:
-            places = (side.low % size for side, size in zip((q, k), pattern.block_size))
-            return [*places, *(_of_sample(cell, tiles) for cell in cells)]
         if isinstance(pattern, Packed):
             same, _, *blocks = pattern.documents.shared(q, k)
             same = _of_sample(same, tiles) > 0
@@ -247,7 +244,7 @@ class _Reader:
             inside = self._signs(pattern.inner, tiles, mine, other)
             return [x * ~same for x in (tiles.sample + 1, tiles.head, q.low, k.low)] + [x * same for x in inside]
         if (own := pattern.signs(tiles.head, self.problem.num_heads, q, k)) is not None:
-            return [k.low - q.low, *(_of_sample(x, tiles) for x in own)]
+            return [_of_sample(x, tiles) for x in own]
         return [tiles.sample, tiles.head, q.low, k.low]
 
     def counts(self, tiles: _Tiles, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -149,6 +149,7 @@ class DilatedBlocks(Pattern):
             torch.where(one, torch.where(inside, (k.low - head) % rate, head % rate + self.max_rate), head),
             torch.where(one, q.low % torch.where(inside, self.block_size, width), q.low),
             torch.where(one, 0, sample.to(top.device)),
+            k.low - q.low,
         )
 
     def check(self, problem: Problem) -> None:
