@@ -18,10 +18,9 @@ from dilated_attention_pytorch.testing.contract import DTYPES, check_case, check
 
 # Words in the names of cases that a backend may refuse; "scale" is a scale that is not above 0.
 NO_RULES = ("bias", "softcap", "dropout")
-NO_CLOSED_FORM = ("product_of_grids", "documents_cut_grid", "documents_summed", "long-product", "long-documents")
 REFUSED = {
     "native": NO_RULES,
-    "sdpa": (*NO_RULES, *NO_CLOSED_FORM, "score", "slopes", "table", "values_", "scale"),
+    "sdpa": (*NO_RULES, "score", "slopes", "table", "values_", "scale"),
     "dense": (),
 }
 """The backends that run on any CPU; the others keep the contract in their own tests."""
