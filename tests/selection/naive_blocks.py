@@ -9,7 +9,8 @@ import torch
 
 from dilated_attention_pytorch.patterns import Causal, Dilated, Documents, Full, Pattern, Window
 from dilated_attention_pytorch.problem import Problem
-from dilated_attention_pytorch.selection.blocks import QueryBlocks, blocks_problem, query_blocks
+from dilated_attention_pytorch.selection.blocks import QueryBlocks, blocks_problem
+from dilated_attention_pytorch.selection.reading import query_blocks
 
 
 @dataclass(frozen=True)

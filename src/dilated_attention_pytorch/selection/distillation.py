@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns import Full, Pattern
-from dilated_attention_pytorch.selection.blocks import blocks_problem, query_blocks
+from dilated_attention_pytorch.selection.blocks import blocks_problem
 from dilated_attention_pytorch.selection.gate import Gate
 from dilated_attention_pytorch.selection.mass import block_mass
+from dilated_attention_pytorch.selection.reading import query_blocks
 
 
 def gate_loss(logits: Tensor, mass: Tensor, open_blocks: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from dilated_attention_pytorch.selection.blocks import (
     QueryBlocks,
     SelectedTiles,
     blocks_problem,
-    query_blocks,
     table_shape,
 )
+from dilated_attention_pytorch.selection.reading import query_blocks
 
 _PAIRS = 1 << 22
 """Logits that are held at once: a few tensors of 16 MiB."""

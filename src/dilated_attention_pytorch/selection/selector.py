@@ -18,9 +18,9 @@ from dilated_attention_pytorch.selection.blocks import (
     QueryBlocks,
     SelectedTiles,
     blocks_problem,
-    query_blocks,
     table_shape,
 )
+from dilated_attention_pytorch.selection.reading import query_blocks
 
 _CELLS = 1 << 24
 """Scores of so many blocks, over samples and heads, are held at once: 64 MiB."""
