@@ -21,6 +21,8 @@ from dilated_attention_pytorch.selection.blocks import SelectedTiles, block_boun
 
 _GREATEST_COUNT = 255
 """Tables of tiles hold counts in 8 bits: a pooled key of more stands there several times, with a share of the count."""
+_BOUND_CELLS = 1 << 22
+"""Blocks whose bounds are asked at once: bounds hold memory for some int64 of each."""
 
 
 def attend_with_coarse(
@@ -108,29 +110,35 @@ def _held(batch: int, length: int, block_size: int, lengths: tuple[int, ...] | N
 
 
 def pooled_counts(problem: Problem, selected: SelectedTiles) -> Tensor:
-    """How often each block of queries sees each pooled key: (B or 1, H or 1, Q, K), int64; 0 for chosen blocks.
+    """How often each block of queries sees each pooled key: (B or 1, H or 1, Q, K), int32; 0 for chosen blocks.
 
-    A row of Q stands for every query of its block, held in the problem or not, so that a cached prefix changes nothing.
+    A row of Q stands for every query of its block, held in the problem or not, so that a cached prefix changes nothing;
+    rows before the first query are 0.
     """
     (rows, size), layout = selected.blocks.block_size, selected.layout
-    query_low = torch.arange(-(-positions_end(problem.query_positions) // rows)) * rows
+    first, end = problem.query_positions[0].start // rows, -(-positions_end(problem.query_positions) // rows)
     key_low = torch.arange(-(-problem.key_length // size)) * size
     lengths = problem.key_lengths or (problem.key_length,)
+    held = _held(len(lengths), problem.key_length, size, problem.key_lengths).to(layout.device, torch.int32)
 
-    def visible(length: int) -> Tensor:
+    def visible(query_low: Tensor, length: int) -> Tensor:
         key_high = torch.maximum((key_low + size).clamp(max=length) - 1, key_low)
         queries, keys = _block(query_low, query_low + rows - 1), _block(key_low, key_high)
         low, high = block_bounds(selected.right, problem.num_heads, queries, keys)
-        return torch.where(low == high, low, 0)
+        return torch.where(low == high, low, 0).int().to(layout.device)
 
-    known = {length: visible(length) for length in set(lengths)}
-    counts = [known[n][b if len(known[n]) > 1 else 0] for b, n in enumerate(lengths)]
-    if problem.key_lengths is None:
-        counts = list(known[lengths[0]])
-    held = _held(len(lengths), problem.key_length, size, problem.key_lengths)
-    seen = torch.stack(counts).to(layout.device) * held[:, None, None, :].to(layout.device)
-    chosen = layout[..., : seen.shape[-2], : seen.shape[-1]] > 0
-    return torch.where(chosen, 0, seen)
+    parts = []
+    at_once = max(1, _BOUND_CELLS // (problem.num_heads * len(key_low)))
+    for row in range(first, end, at_once):
+        query_low = torch.arange(row, min(row + at_once, end)) * rows
+        known = {n: visible(query_low, n) for n in set(lengths)}
+        if len(lengths) == 1:
+            seen = known[lengths[0]]
+        else:
+            seen = torch.stack([known[n][b % len(known[n])] for b, n in enumerate(lengths)])
+        chosen = layout[..., row : row + len(query_low), : len(key_low)] > 0
+        parts.append(torch.where(chosen, 0, seen * held[:, None, None, :]))
+    return torch.nn.functional.pad(torch.cat(parts, -2), (0, 0, first, 0))
 
 
 def _block(low: Tensor, high: Tensor) -> Block:
