@@ -56,6 +56,9 @@ def test_rounds_interleave_the_candidates() -> None:
     seconds = interleaved_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
     assert order == ["a", "b"] * 3  # a warm-up round and two measured ones
     assert len(seconds["a"]) == len(seconds["b"]) == 2
+    order.clear()
+    interleaved_seconds({"a": lambda: order.append("a")}, rounds=2, warm_up=False)
+    assert order == ["a", "a"]
 
 
 def test_ratios_are_taken_within_rounds() -> None:

@@ -37,10 +37,9 @@ class Clock:
     """Stands for measuring: every run takes the seconds that its name says, or a second."""
 
     def __init__(self, seconds):
-        self.seconds, self.ran = seconds, []
+        self.seconds = seconds
 
-    def rounds(self, runs, rounds, progress=None):
-        self.ran += runs
+    def rounds(self, runs, rounds, progress=None, warm_up=True):
         return {name: [self.seconds.get(name, 1.0)] * rounds for name in runs}
 
 
@@ -335,6 +334,14 @@ def test_where_dense_attention_would_take_too_long_nothing_is_measured():
     rows = list(winners.winner_rows(results))
     assert rows[1] == ("128", "all", "forward + backward", "too long: 7.34e-06 TFLOP", "", "", "", "", "")
     assert winners.times_faster_by_tokens(results, 0.25).keys() == {"dilated", "block-sparse", "adaptive"}
+
+
+def test_densities_that_keep_too_much_of_a_long_problem_are_left_out():
+    sizes = replace(WINNERS, tokens=(128,), densities=(0.25, 0.5), once=1e6)
+    few, many = winners.measure_winners(1, None, sizes)["cells"][:2]
+    assert few["ways"]["dilated"]["median"] > 0
+    assert many["ways"]["dense"] == few["ways"]["dense"]
+    assert many["ways"]["dilated"] == {"left out": "too long: 1.05e-06 TFLOP"}
 
 
 def test_orders_are_as_local_and_take_as_long_as_measured(monkeypatch):

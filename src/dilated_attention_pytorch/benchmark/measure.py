@@ -75,16 +75,21 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def interleaved_seconds(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[], object] | None = None
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    progress: Callable[[], object] | None = None,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of every candidate in every round, after one warm-up call each; each round runs all of them in turn.
+
+    Without ``warm_up`` something alike must have run before.
 
     Example:
         >>> seconds = interleaved_seconds({"nothing": lambda: None}, rounds=3)
         >>> len(seconds["nothing"])
         3
     """
-    for run in candidates.values():
+    for run in candidates.values() if warm_up else ():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):

@@ -40,6 +40,8 @@ from dilated_attention_pytorch.selection import (
 
 SHARE_GOAL = 0.15
 """Seconds of choosing, tables of tiles included, over the seconds of attention that it saves: at most."""
+MOST_ROUNDS = 2
+"""Rounds are long and alike: more would say little."""
 SCORES: dict[str, BlockScore] = {
     "MeanPooled": MeanPooled(),
     "MinMax": MinMax(),
@@ -86,7 +88,7 @@ def _timings(sizes: SelectorSizes) -> list[tuple[int, str]]:
 
 def selector_steps(rounds: int, sizes: SelectorSizes = SelectorSizes()) -> int:
     """How often `measure_selectors` calls its progress function, with a trained run."""
-    timed = len(_timings(sizes)) * (1 + rounds * (len(SCORES) + 1))
+    timed = len(_timings(sizes)) * (1 + min(rounds, MOST_ROUNDS) * (len(SCORES) + 1))
     return timed + len(sizes.budgets) * (2 * len(plain_ways(SCORES, sizes.block_size)) + 1)
 
 
@@ -131,7 +133,7 @@ def _timed(
     step = progress or (lambda: None)
     step()
     seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in selectors}
-    for _ in range(rounds):
+    for _ in range(min(rounds, MOST_ROUNDS)):
         for name, selector in selectors.items():
             q = torch.randn(shape, generator=generator)  # two scores may choose alike
             seconds[name].append(chosen_seconds(selector, q, k, v, sizes.budget, pattern))

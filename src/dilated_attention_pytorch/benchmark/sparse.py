@@ -104,7 +104,9 @@ def measure_sparse(
             dense[str(count)] = {work: round(s, 4) for work, s in seconds.items()}
             _step(progress)
             for density, blocks in layouts.items():
-                runs.append({"threads": count, "density": density} | _measured(sizes, blocks, inputs, seconds, rounds))
+                is_first = density == sizes.densities[0]  # and warms up for the others
+                measured = _measured(sizes, blocks, inputs, seconds, rounds, is_first)
+                runs.append({"threads": count, "density": density} | measured)
                 _step(progress)
     return {
         "shape": sizes.describe(),
@@ -140,6 +142,7 @@ def _measured(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     dense_seconds: dict[str, float],
     rounds: int,
+    warm_up: bool,
 ) -> dict[str, Any]:
     """Ratios of each backend on one density; plans are made before, as a layer that keeps its pattern has them."""
     q, k, v, dout = inputs
@@ -154,7 +157,7 @@ def _measured(
     for name in names:
         runs[f"{name} forward"] = forward_run(q, k, v, blocks, name)
         runs[f"{name} forward + backward"] = training_run(q, k, v, dout, blocks, name)
-    seconds = interleaved_seconds(runs, rounds)
+    seconds = interleaved_seconds(runs, rounds, warm_up=warm_up)
     pairs = block_pairs(blocks, sizes.tokens, sizes.heads)
     forward = forward_flops(pairs, sizes.head_dim, sizes.head_dim)
     flops = {"forward": forward, "forward + backward": forward + backward_flops(pairs, sizes.head_dim, sizes.head_dim)}
