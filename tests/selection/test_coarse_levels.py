@@ -21,7 +21,7 @@ def _dense(q, k, v, selected, lengths=None, start=None, scale=None):
     blocks, columns = -(-(start + nq) // rows), -(-nk // size)
     sees = selected.right.to_mask(h, blocks * rows, nk, query_start=0).expand(b, h, blocks * rows, nk)
     layout = selected.layout.expand(b, h, *selected.layout.shape[-2:])
-    fine, coarse = torch.zeros(b, h, nq, nk), torch.zeros(b, h, nq, columns)
+    fine, coarse = torch.zeros(b, h, nq, nk).double(), torch.zeros(b, h, nq, columns).double()
     mean_k, mean_v = (x.new_zeros(b, columns, h, x.shape[3]) for x in (k, v))
     for n in range(b):
         for j in range(columns):
@@ -36,7 +36,7 @@ def _dense(q, k, v, selected, lengths=None, start=None, scale=None):
                     whole, cell = sees[n, head, block, keys], layout[n, head, i, j]
                     if cell > 0:
                         place = slice(held.start + start, held.stop + start)
-                        fine[n, head, held, keys] = (cell * sees[n, head, place, keys])[: nq - held.start].float()
+                        fine[n, head, held, keys] = (cell * sees[n, head, place, keys])[: nq - held.start].double()
                     elif whole.min() == whole.max():
                         coarse[n, head, held, j] = float(whole[0].sum())
     counts, k, v = torch.cat((fine, coarse), -1), torch.cat((k, mean_k), 1), torch.cat((v, mean_v), 1)
@@ -94,6 +94,18 @@ def test_coarse_attention_with_gradients_is_the_dense_computation(name):
 
     for mine, other in zip(gradients(out, lse), gradients(expected, expected_lse)):
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.bfloat16, 3e-2)], ids=str)
+def test_coarse_attention_in_other_dtypes(dtype, limit):
+    selected = CASES["causal"][0]
+    q, k, v = (torch.randn(2, 37, h, 8, dtype=dtype) for h in (4, 2, 2))
+    out, lse = attend_with_coarse(q, k, v, selected, return_lse=True)
+    assert out.dtype == dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected, expected_lse = _dense(q, k, v, selected)
+    torch.testing.assert_close(out.double(), expected, atol=limit, rtol=limit)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=limit, rtol=limit)
 
 
 def test_all_blocks_chosen_is_attend():
@@ -156,10 +168,11 @@ def test_pooled_rows_and_their_counts(monkeypatch):
     assert (means[1, 2] == 0).all()
     padding = torch.arange(10) >= torch.tensor([[10], [6]])
     problem = make_problem(x, x, x, scale=1.0, query_start=0, key_padding_mask=padding)
-    chosen = SelectedTiles(BlockSparse(4, torch.eye(3).bool()), Causal())
     monkeypatch.setattr(coarse, "_BOUND_CELLS", 1)  # one row at a time
-    counts = pooled_counts(problem, chosen)
+    counts = pooled_counts(problem, Causal(), (4, 4))
     assert counts[:, 0].tolist() == [[[0, 0, 0], [4, 0, 0], [4, 4, 0]], [[0, 0, 0], [4, 0, 0], [4, 2, 0]]]
+    last = make_problem(x[:1, 8:], x[:1], x[:1], scale=1.0, query_start=8)
+    assert pooled_counts(last, Full(), (4, 2))[0, 0].tolist() == [[0] * 5, [0] * 5, [2] * 5]
 
 
 def test_nothing_to_attend_to():

@@ -14,7 +14,7 @@ from torch import Tensor
 from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.merging import merge
-from dilated_attention_pytorch.patterns import BlockSparse
+from dilated_attention_pytorch.patterns import BlockSparse, Pattern
 from dilated_attention_pytorch.patterns.base import Block
 from dilated_attention_pytorch.problem import Problem, accumulate_dtype, positions_end
 from dilated_attention_pytorch.selection.blocks import SelectedTiles, block_bounds, blocks_problem
@@ -41,9 +41,9 @@ def attend_with_coarse(
 
     A pooled key is the mean of a block's unpadded keys, with the mean of their values, and counts as often as there are
     such keys; it takes part only where every one of them is visible to every row of the block of queries, as often to
-    each, under the selection's own pattern. Both parts are merged by log-sum-exp: one softmax over all, as in MRA
-    (arXiv 2207.10284) and in NSA's compressed branch (arXiv 2502.11089). With every block chosen it equals
-    `attend`; it equals full attention, too, where all keys of a block are equal.
+    each, under the selection's own pattern. Both parts are merged by log-sum-exp, to one softmax over all: MRA's
+    approximation (arXiv 2207.10284) with one level; NSA's compressed branch (arXiv 2502.11089) reads blocks likewise.
+    With every block chosen it equals `attend`; where all keys of a block are equal, it equals full attention.
 
     Shapes, arguments, result and errors are those of `attend`. Gradients flow to k and v through their means; which
     blocks are pooled is a constant. Visibility is that which the pattern's `count_bounds` know of.
@@ -68,9 +68,11 @@ def attend_with_coarse(
     if problem.key_length == 0 or problem.query_length == 0:
         return fine if return_lse else fine[0]
     rows, size = selected.blocks.block_size
-    counts = pooled_counts(problem, selected)
+    counts = pooled_counts(problem, selected.right, (rows, size)).to(q.device)
+    copies = -(-int(counts.max()) // _GREATEST_COUNT)  # of all blocks: the choice must not say how a row is summed
+    chosen = selected.layout.to(q.device)[..., : counts.shape[-2], : counts.shape[-1]] > 0
+    counts = torch.where(chosen, 0, counts)
     keys, values = (pooled(x, size, problem.key_lengths) for x in (k, v))
-    copies = -(-int(counts.max()) // _GREATEST_COUNT)
     if copies > 1:
         counts = torch.stack([(counts + i) // copies for i in range(copies)], -1).flatten(-2)
         keys, values = (x.repeat_interleave(copies, 1) for x in (keys, values))
@@ -109,35 +111,34 @@ def _held(batch: int, length: int, block_size: int, lengths: tuple[int, ...] | N
     return (ends - torch.arange(-(-length // block_size)) * block_size).clamp(0, block_size)
 
 
-def pooled_counts(problem: Problem, selected: SelectedTiles) -> Tensor:
-    """How often each block of queries sees each pooled key: (B or 1, H or 1, Q, K), int32; 0 for chosen blocks.
+def pooled_counts(problem: Problem, pattern: Pattern, block_size: tuple[int, int]) -> Tensor:
+    """How often each block of queries sees the pooled key of each block: (B or 1, H or 1, Q, K), int32, on the CPU.
 
-    A row of Q stands for every query of its block, held in the problem or not, so that a cached prefix changes nothing;
-    rows before the first query are 0.
+    It is the number of the block's unpadded keys, times the count of their pairs under ``pattern``; 0 where these are
+    not known to be equal. A row of Q stands for every query of its block, held in the problem or not, so that a cached
+    prefix changes nothing; rows before the first query are 0. ``block_size`` is that of (queries, keys), in tokens.
     """
-    (rows, size), layout = selected.blocks.block_size, selected.layout
+    rows, size = block_size
     first, end = problem.query_positions[0].start // rows, -(-positions_end(problem.query_positions) // rows)
     key_low = torch.arange(-(-problem.key_length // size)) * size
     lengths = problem.key_lengths or (problem.key_length,)
-    held = _held(len(lengths), problem.key_length, size, problem.key_lengths).to(layout.device, torch.int32)
+    held = _held(len(lengths), problem.key_length, size, problem.key_lengths)
 
     def visible(query_low: Tensor, length: int) -> Tensor:
         key_high = torch.maximum((key_low + size).clamp(max=length) - 1, key_low)
         queries, keys = _block(query_low, query_low + rows - 1), _block(key_low, key_high)
-        low, high = block_bounds(selected.right, problem.num_heads, queries, keys)
-        return torch.where(low == high, low, 0).int().to(layout.device)
+        low, high = block_bounds(pattern, problem.num_heads, queries, keys)
+        return torch.where(low == high, low, 0)
 
     parts = []
     at_once = max(1, _BOUND_CELLS // (problem.num_heads * len(key_low)))
     for row in range(first, end, at_once):
         query_low = torch.arange(row, min(row + at_once, end)) * rows
         known = {n: visible(query_low, n) for n in set(lengths)}
-        if len(lengths) == 1:
-            seen = known[lengths[0]]
-        else:
+        seen = known[lengths[0]]
+        if len(lengths) > 1:
             seen = torch.stack([known[n][b % len(known[n])] for b, n in enumerate(lengths)])
-        chosen = layout[..., row : row + len(query_low), : len(key_low)] > 0
-        parts.append(torch.where(chosen, 0, seen * held[:, None, None, :]))
+        parts.append((seen * held[:, None, None, :]).int())
     return torch.nn.functional.pad(torch.cat(parts, -2), (0, 0, first, 0))
 
 
