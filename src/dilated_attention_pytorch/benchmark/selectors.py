@@ -221,8 +221,8 @@ def time_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def selector_tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]], str]]:
     """(title, columns, rows, note) of each table to show."""
     note = (
-        f"{results['timed']}, random tensors, new ones for each call, so that no table of tiles is kept: median "
-        "(lowest-highest).\nDense is attend on all pairs, and ran once."
+        f"{results['timed']}, random tensors, new ones for each call, so that no table of tiles is kept; at most "
+        f"{MOST_ROUNDS} rounds: median (lowest-highest).\nDense is attend on all pairs, and ran once."
     )
     columns = quality_columns(results["budgets"])
     rows: list[tuple[str, ...]] = []
