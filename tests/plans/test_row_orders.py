@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import torch
 
-from dilated_attention_pytorch.patterns import Causal, Dilated, Documents, Full, Window, longnet
+from dilated_attention_pytorch.patterns import BlockSparse, Causal, Dilated, Documents, Full, Window, longnet
 from dilated_attention_pytorch.plans import StridedPlan, TilePlan, candidate_plans, tile_plan
 from dilated_attention_pytorch.plans.base import DensePlan
 from dilated_attention_pytorch.plans.orders import OrderedPlan, RowOrder, ordered_plan, residue_order
@@ -120,3 +120,13 @@ def test_tables_asked_for_come_in_the_denser_order_first():
     kinds = [type(plan) for plan in candidate_plans(Dilated(16384, 4), longer, tiles=True)]
     assert kinds == [StridedPlan, DensePlan, OrderedPlan]
     assert [type(plan) for plan in candidate_plans(Causal(), problem, tiles=True)][-1] is TilePlan
+
+
+@pytest.mark.parametrize("pattern", [longnet([128, 256, 512], [2, 4, 8]), Dilated(512, 4)], ids=["longnet", "one_rate"])
+def test_chosen_blocks_do_not_decide_on_the_order(pattern):
+    found = set()
+    for share in (0.02, 0.1, 0.5, 1.0):
+        layout = (torch.rand(32, 32, generator=torch.Generator().manual_seed(0)) < share) | torch.eye(32).bool()
+        order = residue_order(BlockSparse(16, layout) & (pattern & Causal()), problem_of(512), (16, 16))
+        found.add(None if order is None else (order.queries, order.keys))
+    assert len(found) == 1

@@ -16,7 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.patterns import Dilated, Pattern
+from dilated_attention_pytorch.patterns import BlockSparse, Dilated, Pattern
+from dilated_attention_pytorch.patterns.base import And
 from dilated_attention_pytorch.patterns.documents import Packed
 from dilated_attention_pytorch.plans.base import Plan
 from dilated_attention_pytorch.plans.tiles import BLOCK_SIZE, TilePlan, tile_plan, visited_tiles
@@ -143,6 +144,7 @@ def residue_order(pattern: Pattern, problem: Problem, block_size: tuple[int, int
     Classes are modulo a dilation rate of the pattern, or the least common multiple of them all; where grids start anew
     (segments that the rate does not divide, packed documents) so do the classes. Rows must stand in one run each. Where
     a part of the pattern names its `key_classes`, keys stand in that order without comparing, and queries in their own.
+    Of tables of blocks that cut a pattern only the shape is looked at: orders are compared for their diagonal.
     """
     sides = (problem.query_positions, problem.key_positions)
     if any(len(runs) != 1 or runs[0].step != 1 for runs in sides):
@@ -153,12 +155,12 @@ def residue_order(pattern: Pattern, problem: Problem, block_size: tuple[int, int
     classes = list(_classes(pattern, problem.key_length))
     if not classes:
         return None
-    sample = _last_rows(problem, SAMPLE_ROWS)
-    fewest, best = WORTH * visited_tiles(pattern, sample, block_size), None
+    sample, model = _last_rows(problem, SAMPLE_ROWS), _with_diagonals(pattern)
+    fewest, best = WORTH * visited_tiles(model, sample, block_size), None
     for modulus, period in classes:
         order = _order(pattern, sample, modulus, period)
         if order is not None:
-            tiles = visited_tiles(pattern, order.placed(sample), block_size)
+            tiles = visited_tiles(model, order.placed(sample), block_size)
             if tiles < fewest:
                 fewest, best = tiles, (modulus, period)
     return None if best is None else _order(pattern, problem, *best)
@@ -171,6 +173,33 @@ def fixed_classes(pattern: Pattern) -> int | None:
     """
     found = [part.key_classes for part in _parts(pattern) if part.key_classes is not None]
     return math.lcm(*found) if found else None
+
+
+def chosen_rows(pattern: Pattern) -> int | None:
+    """Positions of the blocks of queries that parts of the pattern were chosen for, the same for all, or None.
+
+    Example:
+        >>> chosen_rows(Dilated(4096, 8)) is None
+        True
+    """
+    found = [part.chosen_rows for part in _parts(pattern) if part.chosen_rows is not None]
+    return math.gcd(*found) if found else None
+
+
+def _with_diagonals(pattern: Pattern, cut: bool = False) -> Pattern:
+    """The pattern with the diagonal in place of every table of blocks that is a side of a product.
+
+    Such a table may have been chosen from the data: later tokens must not decide in which order a row sums its keys.
+    """
+    if cut and isinstance(pattern, BlockSparse):
+        (rows, columns), table = pattern.block_size, pattern.layout
+        q, k = (torch.arange(n) for n in table.shape[-2:])
+        q = q.view(-1, 1)
+        return BlockSparse(pattern.block_size, (q * rows < (k + 1) * columns) & (k * columns < (q + 1) * rows))
+    cut = cut or isinstance(pattern, And)
+    inner = {f.name: getattr(pattern, f.name) for f in fields(pattern)}  # type: ignore[arg-type]
+    changed = {name: _with_diagonals(x, cut) for name, x in inner.items() if isinstance(x, Pattern)}
+    return replace(pattern, **changed) if changed else pattern  # type: ignore[type-var]
 
 
 def _last_rows(problem: Problem, rows: int) -> Problem:
