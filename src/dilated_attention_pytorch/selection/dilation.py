@@ -219,8 +219,8 @@ class AdaptiveDilation:
         """``pattern & DilatedBlocks(...)``, default Full, for ``q (B, Nq, H, D)`` and ``k (B, Nk, Hkv, D)``.
 
         ``budget`` is what a block of queries sees: the share in (0, 1] of the blocks of keys, rounded up, or their
-        number as an int. Queries at the places of padded keys, and past them, are left out of rho. Raises InvalidInput
-        for a budget below one block, and for what `attend` would refuse.
+        number as an int. Queries at the places of padded keys, and past them, are left out of rho; ``scale`` has no
+        part in it. Raises InvalidInput for a budget below one block, and for what `attend` would refuse.
 
         Example:
             >>> q = torch.zeros(1, 8, 1, 4)
