@@ -155,6 +155,15 @@ class Pattern(ABC):
         """
         return None
 
+    @property
+    def chosen_rows(self) -> int | None:
+        """Positions of a block of queries for which tables were chosen from the data; None: nothing was chosen.
+
+        Rows of two such blocks must not share a tile: what the later one sees may come from tokens that no row of the
+        earlier one sees, and must not decide how a row of the earlier one is summed.
+        """
+        return None
+
     def signs(self, head: Tensor, num_heads: int, q: Block, k: Block) -> tuple[Tensor, ...] | None:
         """Numbers of pairs of blocks, as `count_bounds` takes them: where they agree, the counts are equal.
 

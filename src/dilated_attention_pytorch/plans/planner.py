@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dilated_attention_pytorch.patterns import Branch, Documents, Pattern
+from dilated_attention_pytorch.patterns import BlockSparse, Branch, Documents, Pattern
+from dilated_attention_pytorch.patterns.base import And, Sum
 from dilated_attention_pytorch.plans.base import DensePlan, Plan
-from dilated_attention_pytorch.plans.orders import fixed_classes, ordered_plan
+from dilated_attention_pytorch.plans.orders import chosen_rows, fixed_classes, ordered_plan
 from dilated_attention_pytorch.plans.pieces import Span, chunk_pieces
 from dilated_attention_pytorch.plans.strided import Chunk, HeadSlice, Piece, StridedPlan
-from dilated_attention_pytorch.plans.tiles import tile_plan, visited_tiles
-from dilated_attention_pytorch.problem import Problem
+from dilated_attention_pytorch.plans.tiles import BLOCK_SIZE, tile_plan, visited_tiles
+from dilated_attention_pytorch.problem import Problem, positions_end
 
 CHUNK_ROWS = 8192
 """A chunk is the largest multiple of the segments' common multiple within this, or one common multiple (tokens)."""
@@ -39,6 +40,10 @@ HELD_PAIRS = 1 << 19
 """Up to so many places a DensePlan holds its log-counts once they were asked for, to be used again."""
 SOON_TILES = 1 << 12
 """Up to so many tiles are read in row order though another order has fewer (seconds; above, a minute and more)."""
+LEAST_ROWS = 16
+"""The fewest query rows of a tile: fewer, and kernels do little else than start."""
+LEAST_TILE, USUAL_TILE, LARGEST_TILE = 16, 64, 128
+"""Sides of tiles that follow a pattern's blocks (tokens); below the usual one, kernels run at a lower rate."""
 CALL_PAIRS = 50_000
 """What one call for one piece costs beside its arithmetic, in pairs of one kernel (about 0.1 ms on a CPU core)."""
 
@@ -101,11 +106,27 @@ def _digest(table: Tensor) -> tuple[object, ...]:
 
 def _tiled(pattern: Pattern, problem: Problem, needed: bool) -> tuple[Plan, ...]:
     """Tables of tiles: with rows by residue where that is denser, and in row order if ``needed`` or soon made."""
-    ordered = ordered_plan(pattern, problem)
-    if ordered is not None and fixed_classes(pattern) is not None:
+    size, has_order = tile_size(pattern, problem), fixed_classes(pattern) is not None
+    moves = has_order or chosen_rows(pattern) is None
+    ordered = ordered_plan(pattern, problem, size) if moves else None
+    if ordered is not None and has_order:
         return (ordered,)
     soon = ordered is None or needed or visited_tiles(pattern, problem) <= SOON_TILES
-    return tuple(p for p in (ordered, tile_plan(pattern, problem) if soon else None) if p is not None)
+    return tuple(p for p in (ordered, tile_plan(pattern, problem, size) if soon else None) if p is not None)
+
+
+def tile_size(pattern: Pattern, problem: Problem) -> tuple[int, int]:
+    """Query rows and key rows of a tile: rows of blocks that were chosen apart stand in tiles of their own.
+
+    So a row is summed alike whatever was chosen for later blocks, bit for bit (law 5). It cannot be where rows start
+    at a place that shares no divisor of at least `LEAST_ROWS` with the blocks, unless all rows lie in one block.
+    """
+    chosen = chosen_rows(pattern)
+    if chosen is None or len(problem.query_positions) != 1:
+        return BLOCK_SIZE
+    start, last = problem.query_positions[0].start, positions_end(problem.query_positions) - 1
+    rows = math.gcd(BLOCK_SIZE[0], chosen, start)
+    return (rows, BLOCK_SIZE[1]) if rows >= LEAST_ROWS and start // chosen != last // chosen else BLOCK_SIZE
 
 
 def dense_plan(pattern: Pattern, problem: Problem) -> DensePlan:

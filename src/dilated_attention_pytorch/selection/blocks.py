@@ -39,6 +39,15 @@ class SelectedTiles(And):
     right: Pattern
 
     @property
+    def chosen_rows(self) -> int:
+        """Positions of a block of queries."""
+        return self.left.block_size[0]
+
+    def text(self, first_table: int = 0) -> str:
+        right = self.right.text(first_table + len(self.left.tables))
+        return f"SelectedTiles(left={self.left.text(first_table)}, right={right})"
+
+    @property
     def blocks(self) -> BlockSparse:
         """The chosen blocks alone."""
         return self.left
