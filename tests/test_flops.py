@@ -20,6 +20,7 @@ from dilated_attention_pytorch.flops import (
     forward_flops,
     register_formulas,
 )
+from dilated_attention_pytorch.patterns import random_blocks
 from dilated_attention_pytorch.problem import make_problem
 
 GRIDS = longnet([12], [2]) & longnet([20], [3])  # no closed form
@@ -103,6 +104,17 @@ def test_long_problems_are_counted_without_their_pairs():
     assert counts(lambda: attend(x, x, x, pattern))[0] == explain(x, x, x, pattern).forward_flops
     pairs, exact = counted_pairs(GRIDS, make_problem(x, x, x, scale=1.0, query_start=0))
     assert (pairs, exact) == (12 << 40, False)
+
+
+def test_long_block_patterns_are_counted_by_their_tiles():
+    pattern = random_blocks(20000, block_size=96, density=0.05, num_heads=2) & Causal()
+    x = torch.empty(1, 20000, 2, 8, device="meta")
+    told = explain(x, x, x, pattern)
+    assert told.pairs_are_exact
+    assert counts(lambda: attend(x, x, x, pattern))[0] == told.forward_flops
+    size = (20000 - 96 * torch.arange(209)).clamp(max=96)  # tokens of each block, the last ragged
+    cells = (pattern.left.layout * size * size.view(-1, 1)).tril(-1).sum() + 2 * (size * (size + 1) // 2).sum()
+    assert told.pairs == int(cells)
 
 
 def test_symbolic_lengths_are_not_fixed():

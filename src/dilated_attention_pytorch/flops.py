@@ -19,12 +19,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from dilated_attention_pytorch.patterns import Pattern, pattern_from_text
-from dilated_attention_pytorch.plans import DensePlan, Plan, StridedPlan
+from dilated_attention_pytorch.plans import DensePlan, OrderedPlan, Plan, StridedPlan, TilePlan, candidate_plans
 from dilated_attention_pytorch.plans.planner import strided_plan
 from dilated_attention_pytorch.problem import Problem, make_problem
 
 EXACT_PAIRS = 1 << 26
-"""Up to so many pairs a pattern without closed form is counted; above, the number of all pairs stands as a bound."""
+"""Up to so many pairs a pattern without closed form is counted pair by pair.
+
+Above, and where q has no values, one with tables is counted by its tiles; else the number of all pairs is a bound."""
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -32,7 +34,7 @@ COUNTER = "torch.utils.flop_counter"
 def counted_pairs(pattern: Pattern, problem: Problem, plans: Sequence[Plan] = ()) -> tuple[int, bool]:
     """Query-key pairs over samples and heads, each as often as it is seen; and whether that is exact or a bound.
 
-    ``plans`` may hold the problem's strided plan, which is made otherwise.
+    ``plans`` may hold the problem's plans, which are made otherwise.
 
     Example:
         >>> from dilated_attention_pytorch import Causal
@@ -47,9 +49,12 @@ def counted_pairs(pattern: Pattern, problem: Problem, plans: Sequence[Plan] = ()
     strided = next((plan for plan in plans if isinstance(plan, StridedPlan)), None) or strided_plan(pattern, p)
     if strided is not None:
         return strided.issued_pairs(p), True
-    if every > EXACT_PAIRS or _is_shape_only(p.q):
-        return every, False
-    return int(DensePlan(pattern).expand(p).sum()), True
+    if every <= EXACT_PAIRS and not _is_shape_only(p.q):
+        return int(DensePlan(pattern).expand(p).sum()), True
+    known = (plans or candidate_plans(pattern, p)) if pattern.tables else ()
+    tiled = (plan.tiles if isinstance(plan, OrderedPlan) else plan for plan in known)
+    tiles = next((plan for plan in tiled if isinstance(plan, TilePlan)), None)
+    return (every, False) if tiles is None else (tiles.counted_pairs(p), True)
 
 
 def forward_flops(pairs: int, head_dim: int, value_dim: int) -> int:

@@ -60,7 +60,9 @@ def test_tables_hold_the_counts(name, rows):
         problem = replace(problem_of(28, batch=2), query_positions=at, key_positions=at[::-1])
     expected = DensePlan(KINDS[name]).expand(problem)
     for size in ((12, 5), (4, 8), (16, 16), (128, 64)):
-        assert torch.equal(tile_plan(KINDS[name], problem, size).expand(problem), expected), size
+        plan = tile_plan(KINDS[name], problem, size)
+        assert torch.equal(plan.expand(problem), expected), size
+        assert plan.counted_pairs(problem) == int(expected.sum())
 
 
 def test_shared_tables_serve_heads_and_samples_that_differ_otherwise():

@@ -102,6 +102,16 @@ class TilePlan(Plan):
         repeats = problem.batch * problem.num_heads // max(1, self.kv_num.shape[0] * self.kv_num.shape[1])
         return repeats * self.num_tiles * self.block_size[0] * self.block_size[1]
 
+    def counted_pairs(self, problem: Problem) -> int:
+        """Query-key pairs over all samples and heads, each as often as it is seen."""
+        within = self.counts.sum((1, 2), dtype=torch.int64)
+        pairs = sum(int(within[table].sum()) for _, table in _entries(self.kv_num, self.kv_idx, self.kv_table))
+        (bq, bk), (nq, nk) = self.block_size, (problem.query_length, problem.key_length)
+        for (_, _, row, column), count in _entries(self.full_num, self.full_idx, self.full_count):
+            rows, columns = (nq - row * bq).clamp(max=bq), (nk - column * bk).clamp(max=bk)
+            pairs += int((rows * columns * count).sum())
+        return pairs * (problem.batch * problem.num_heads // max(1, self.kv_num.shape[0] * self.kv_num.shape[1]))
+
     def describe(self, problem: Problem) -> str:
         size = f"{self.block_size[0]} x {self.block_size[1]}"
         share = f"{100 * self.density:.3g} % of them visited"
