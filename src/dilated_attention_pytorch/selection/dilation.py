@@ -111,6 +111,11 @@ class DilatedBlocks(Pattern):
             modulus //= 2
         return modulus if modulus > 1 else None
 
+    @property
+    def chosen_rows(self) -> int:
+        """Positions of a block of queries."""
+        return self.block_size
+
     @cached_property
     def _rows_of_rate(self) -> Tensor:
         """How many blocks before each have the rate 2^e: (E, B or 1, H or 1, Q + 1)."""
