@@ -44,6 +44,8 @@ LEAST_ROWS = 16
 """The fewest query rows of a tile: fewer, and kernels do little else than start."""
 LEAST_TILE, USUAL_TILE, LARGEST_TILE = 16, 64, 128
 """Sides of tiles that follow a pattern's blocks (tokens); below the usual one, kernels run at a lower rate."""
+LARGEST_TILE = 128
+"""Rows and keys of a tile at most where they follow a pattern's blocks."""
 CALL_PAIRS = 50_000
 """What one call for one piece costs beside its arithmetic, in pairs of one kernel (about 0.1 ms on a CPU core)."""
 
@@ -111,22 +113,39 @@ def _tiled(pattern: Pattern, problem: Problem, needed: bool) -> tuple[Plan, ...]
     ordered = ordered_plan(pattern, problem, size) if moves else None
     if ordered is not None and has_order:
         return (ordered,)
-    soon = ordered is None or needed or visited_tiles(pattern, problem) <= SOON_TILES
+    soon = ordered is None or needed or visited_tiles(pattern, problem, size) <= SOON_TILES
     return tuple(p for p in (ordered, tile_plan(pattern, problem, size) if soon else None) if p is not None)
 
 
 def tile_size(pattern: Pattern, problem: Problem) -> tuple[int, int]:
-    """Query rows and key rows of a tile: rows of blocks that were chosen apart stand in tiles of their own.
+    """Query rows and key rows of a tile: on a CPU those of the pattern's blocks, so that tiles are full or empty.
 
-    So a row is summed alike whatever was chosen for later blocks, bit for bit (law 5). It cannot be where rows start
-    at a place that shares no divisor of at least `LEAST_ROWS` with the blocks, unless all rows lie in one block.
+    Rows of blocks that were chosen apart stand in tiles of their own, so that a row is summed alike whatever was chosen
+    for later blocks, bit for bit (law 5). It cannot be where rows start at a place that shares no divisor of at least
+    `LEAST_ROWS` with the blocks, unless all rows lie in one block.
     """
+    rows, keys = BLOCK_SIZE
     chosen = chosen_rows(pattern)
-    if chosen is None or len(problem.query_positions) != 1:
-        return BLOCK_SIZE
-    start, last = problem.query_positions[0].start, positions_end(problem.query_positions) - 1
-    rows = math.gcd(BLOCK_SIZE[0], chosen, start)
-    return (rows, BLOCK_SIZE[1]) if rows >= LEAST_ROWS and start // chosen != last // chosen else BLOCK_SIZE
+    if chosen is not None and len(problem.query_positions) == 1:
+        start, last = problem.query_positions[0].start, positions_end(problem.query_positions) - 1
+        shared = math.gcd(rows, chosen, start)
+        rows = shared if shared >= LEAST_ROWS and start // chosen != last // chosen else rows
+    blocks = list(_block_sizes(pattern))
+    if blocks and problem.q.device.type in ("cpu", "meta"):
+        starts = ([run.start for run in side] for side in (problem.query_positions, problem.key_positions))
+        own = [math.gcd(LARGEST_TILE, *sizes, *at) for sizes, at in zip(zip(*blocks), starts)]
+        if min(own) >= LEAST_ROWS:
+            return min(rows, own[0]), own[1]
+    return rows, keys
+
+
+def _block_sizes(pattern: Pattern) -> Iterator[tuple[int, int]]:
+    """Those of the tables of blocks in a pattern, at positions as they are."""
+    if isinstance(pattern, BlockSparse):
+        yield pattern.block_size
+    elif isinstance(pattern, And | Sum):
+        yield from _block_sizes(pattern.left)
+        yield from _block_sizes(pattern.right)
 
 
 def dense_plan(pattern: Pattern, problem: Problem) -> DensePlan:
