@@ -1,6 +1,7 @@
 """Tile plans by a dense kernel: values and gradients, what is read in place, what is copied, and how much at once."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dilated_attention_pytorch.backends.tiled import TiledWalk
 from dilated_attention_pytorch.memory import fill_with_nan
 from dilated_attention_pytorch.patterns import BlockSparse
 from dilated_attention_pytorch.plans import OrderedPlan, TilePlan, candidate_plans, tile_plan
+from dilated_attention_pytorch.plans.planner import tile_size
 from dilated_attention_pytorch.testing.cases import Case
 from dilated_attention_pytorch.testing.contract import LIMITS, cotangents, run
 from dilated_attention_pytorch.testing.truth import truth
@@ -255,3 +257,33 @@ def test_laws_of_tiles_alone():
     report = check_cases(Tiles(), names, [F32, torch.bfloat16])
     assert report.checked == len(names) * (2 + 2 * 3)
     assert not report.refused
+
+
+@pytest.mark.parametrize(
+    ("block_size", "start", "expected"),
+    [
+        (256, 0, (128, 128)),
+        (64, 0, (64, 64)),
+        ((48, 32), 0, (16, 32)),
+        (64, 96, (32, 64)),
+        (5, 0, (128, 64)),
+        (64, 3, (128, 64)),
+    ],
+)
+def test_tiles_follow_the_blocks_of_a_pattern(block_size, start, expected):
+    """So that they are full or empty; on a GPU, and where blocks are odd, they keep the size that kernels like."""
+    table = torch.ones(64, 64, dtype=torch.bool)
+    for pattern in (BlockSparse(block_size, table), BlockSparse(block_size, table) & Causal()):
+        problem = Case("", pattern, query_length=200, key_length=300, query_start=start).problem(F32)
+        assert tile_size(pattern, problem) == expected
+        assert {p.block_size for p in candidate_plans(pattern, problem) if isinstance(p, TilePlan)} == {expected}
+    on_gpu = SimpleNamespace(**vars(problem) | {"q": SimpleNamespace(device=torch.device("cuda"))})
+    assert tile_size(pattern, on_gpu) == (128, 64)
+
+
+def test_full_tiles_only_where_tiles_are_blocks():
+    problem = Case("", SCATTERED, query_length=320).problem(F32)
+    (plan,) = (p for p in candidate_plans(SCATTERED, problem) if isinstance(p, TilePlan))
+    assert plan.block_size == (16, 16)
+    assert int(plan.kv_num.sum()) == 0
+    assert int(plan.full_num.sum()) == int(SCATTERED.layout.sum())
