@@ -129,7 +129,7 @@ class BlockSparse(Pattern):
             return count, count
         area = (bottom - top + 1) * (right - left + 1)
         seen = most = self._area_sum(self._sums[0], head, top, bottom, left, right)
-        greatest = int(self.layout.max())
+        greatest = self._greatest
         if greatest > 1:
             most = self._area_sum(self._sums[1], head, top, bottom, left, right)
         return torch.where(most == area, greatest, (seen == area).long()), (seen > 0) * greatest
@@ -144,12 +144,15 @@ class BlockSparse(Pattern):
         return a - b - c + d
 
     @cached_property
+    def _greatest(self) -> int:
+        return int(self.layout.max())
+
+    @cached_property
     def _sums(self) -> tuple[Tensor, ...]:
         """Cells above 0, and if any is above 1 those of the greatest count, summed over the rows and columns before."""
-        greatest = int(self.layout.max())
+        kinds = [self.layout > 0] if self._greatest <= 1 else [self.layout > 0, self.layout == self._greatest]
         return tuple(
-            pad(cells.cumsum(-1, dtype=torch.int32).cumsum(-2, dtype=torch.int32), (1, 0, 1, 0))
-            for cells in (self.layout > 0, self.layout == greatest)[: 2 if greatest > 1 else 1]
+            pad(cells.cumsum(-1, dtype=torch.int32).cumsum(-2, dtype=torch.int32), (1, 0, 1, 0)) for cells in kinds
         )
 
     def check(self, problem: Problem) -> None:

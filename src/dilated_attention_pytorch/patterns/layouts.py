@@ -6,6 +6,17 @@ kind's own size, or by ``density``, the share of all blocks of the table, in (0,
 it takes the one whose share is nearest to ``density``, the smaller of two that are equally near. The share is that of
 the table: ``& Causal()`` cuts about half of the pairs of most kinds afterwards.
 
+| builder          | own size                | keeps                                                       |
+|------------------|-------------------------|-------------------------------------------------------------|
+| `local_window`   | ``window``, tokens      | blocks near the diagonal                                    |
+| `dilated_sparse` | ``links``, blocks       | steps of several dilation rates around the diagonal         |
+| `global_local`   | ``window``, tokens      | a window, and the first blocks' rows and columns            |
+| `axial`          | ``thickness``, tokens   | blocks that share a row or a column of a grid               |
+| `strided`        | ``stride``, blocks      | every n-th diagonal                                         |
+| `random_blocks`  | ``links``, blocks       | the diagonal and, per row, random blocks                    |
+| `hierarchical`   | ``window``, tokens      | a window, and beyond it ever fewer diagonals                |
+| `hybrid`         |                         | what several of them keep                                   |
+
 Where heads may differ, ``num_heads`` gives each a table of its own, and ``density`` is met by all of them together;
 without it they share one. Combine patterns with ``&`` and ``+``, or tables of one block size with `hybrid`.
 
@@ -160,7 +171,8 @@ def axial(
         ··1111
     """
     rows, _ = _blocks("axial", query_length, None, block_size, thickness=thickness, density=density)
-    if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != query_length:
+    sides = grid if isinstance(grid, tuple | list) and all(isinstance(n, int) and n > 0 for n in grid) else ()
+    if len(sides) != 2 or sides[0] * sides[1] != query_length:
         raise InvalidInput(
             f"axial: expected a grid (rows, columns) of {query_length} tokens, as many as query_length. Got {grid!r}."
         )
@@ -241,6 +253,8 @@ def random_blocks(
         "random_blocks", query_length, key_length, block_size, links=links, density=density, num_heads=num_heads
     )
     lines = rows * (num_heads or 1)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InvalidInput(f"random_blocks: expected seed to be an int. Got {seed!r}.")
     generator = torch.Generator().manual_seed(seed)
     if links is not None:
         if links > columns:
