@@ -62,18 +62,18 @@ class WinnerSizes:
 
 
 def dilated_case(tokens: int, density: float, heads: int, head_dim: int) -> Case:
-    """LongNet's branches (w, 1), (2w, 2), (4w, 4) whose pairs are nearest to ``density`` of all, w of N / 64 steps.
+    """LongNet's branches (w, 1), (2w, 2), (4w, 4) whose pairs are nearest to ``density`` of all, w in steps of N / 256.
 
     Example:
         >>> case = dilated_case(16384, 0.25, 4, 64)
         >>> case.segment_lengths, case.dilation_rates, round(case.pairs / (4 * 16384**2), 3)
-        ((2304, 4608, 9216), (1, 2, 4), 0.246)
+        ((2496, 4992, 9984), (1, 2, 4), 0.251)
     """
 
     def case(w: int) -> Case:
         return Case("dilated", tokens, heads, head_dim, (w, 2 * w, 4 * w), (1, 2, 4))
 
-    step = max(1, tokens // 64)
+    step = max(1, tokens // 256)
     wanted = density * heads * tokens**2
     return min((case(w) for w in range(step, tokens + 1, step)), key=lambda c: abs(c.pairs - wanted))
 
