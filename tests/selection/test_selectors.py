@@ -11,6 +11,8 @@ from dilated_attention_pytorch.backends import BACKENDS
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.explanation import explain
 from dilated_attention_pytorch.patterns import BlockSparse, Causal, Dilated, Documents, Full, Window
+from dilated_attention_pytorch.patterns.base import pattern_from_text
+from dilated_attention_pytorch.plans.planner import tile_size
 from dilated_attention_pytorch.reference import reference_attention
 from dilated_attention_pytorch.selection import (
     Antidiagonal,
@@ -24,6 +26,7 @@ from dilated_attention_pytorch.selection import (
     Threshold,
     TopBlocks,
 )
+from dilated_attention_pytorch.selection.blocks import blocks_problem
 from dilated_attention_pytorch.testing.cases import Case
 from dilated_attention_pytorch.testing.contract import ContractReport, check_case
 
@@ -72,6 +75,37 @@ def test_causal_stays_causal_bit_for_bit(name, score):
             if not later[2].isnan().any():
                 out = attend(*later, again[n % len(again)], **where)
                 assert torch.equal(out[:, : i + 1], outs[n % len(again)][:, : i + 1])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "native"])
+@pytest.mark.parametrize(("queries", "start", "block"), [(500, 0, 128), (500, 64, 128), (450, 0, 96), (500, 0, 64)])
+def test_rows_are_summed_alike_whatever_later_blocks_chose(queries, start, block, backend):
+    """Law 5 where tables of tiles are walked: a tile must not hold rows of two choices."""
+    q, k = torch.randn(1, queries, 2, 32), torch.randn(1, queries + start, 2, 32)
+    selector = Selector(MeanPooled(), TopBlocks(), block, sink_blocks=0)
+    selected = selector(q, k, 3, Causal())
+    out = attend(q, k, k, selected, backend=backend)
+    for row in range(2 * block - start % block, queries - block, block):  # the first row of a block
+        later_q = q.clone()
+        later_q[:, row:] *= -1.0  # the block after the one of this row chooses otherwise
+        again = selector(later_q, k, 3, Causal())
+        assert not torch.equal(again.layout, selected.layout)
+        assert torch.equal(attend(later_q, k, k, again, backend=backend)[:, :row], out[:, :row])
+
+
+def test_tiles_of_a_choice():
+    """They end where its blocks do, unless kernels would do little else than start."""
+    chosen = SelectedTiles(BlockSparse(96, torch.ones(30, 30, dtype=torch.bool)), Causal())
+    for pattern in (chosen, chosen & Window(40), Causal() & chosen):
+        rows = [tile_size(pattern, blocks_problem(*problem, pattern, query_start=s))[0] for *problem, s in PLACED]
+        assert rows == [32, 32, 16, 128, 128]
+    assert pattern_from_text(chosen.text(), chosen.tables).text() == chosen.text()
+
+
+PLACED = [
+    (torch.zeros(1, n, 1, 4), torch.zeros(1, 2000, 1, 4), start)
+    for n, start in ((500, 0), (500, 64), (500, 80), (500, 81), (30, 100))
+]
 
 
 def test_lookahead_reads_the_blocks_own_rows_and_nothing_after():

@@ -14,7 +14,7 @@ from torch import Tensor
 from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.merging import merge
-from dilated_attention_pytorch.patterns import BlockSparse, Pattern
+from dilated_attention_pytorch.patterns import BlockSparse, Full, Pattern
 from dilated_attention_pytorch.patterns.base import Block
 from dilated_attention_pytorch.problem import Problem, accumulate_dtype, positions_end
 from dilated_attention_pytorch.selection.blocks import SelectedTiles, block_bounds, blocks_problem
@@ -77,7 +77,7 @@ def attend_with_coarse(
         counts = torch.stack([(counts + i) // copies for i in range(copies)], -1).flatten(-2)
         keys, values = (x.repeat_interleave(copies, 1) for x in (keys, values))
     start = problem.query_positions[0].start
-    pattern = BlockSparse((rows, 1), counts.to(torch.uint8))
+    pattern = SelectedTiles(BlockSparse((rows, 1), counts.to(torch.uint8)), Full())
     coarse = attend(q, keys, values, pattern, query_start=start, **options)
     out, lse = merge(fine, coarse)
     return (out, lse) if return_lse else out
