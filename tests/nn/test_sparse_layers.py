@@ -26,6 +26,7 @@ from dilated_attention_pytorch.selection import (
     AdaptiveDilation,
     BlockScore,
     Gate,
+    Mass,
     MeanPooled,
     SelectedTiles,
     Selector,
@@ -125,6 +126,13 @@ def test_the_table_covers_queries_wherever_they_stand(queries, length, start):
         grid(q, k, v, query_start=start),
         attended(axial(48, block_size=4, grid=(6, 8), thickness=1), q, k, v, query_start=start),
     )
+
+
+def test_a_grid_is_that_of_the_longer_side():
+    q, k, v = heads(20, queries=48)
+    pattern = axial(48, block_size=4, grid=(6, 8), thickness=1)
+    out = BlockSparseAttention("axial", block_size=4, grid=(6, 8), thickness=1)(q, k, v, query_start=0)
+    close(out, attended(pattern, q, k, v, query_start=0))
 
 
 def test_a_longest_length_makes_tables_that_do_not_depend_on_the_call():
@@ -240,6 +248,17 @@ def test_adaptive_heads_attend_to_what_was_chosen(is_causal, queries):
     close(out, expected)
     for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_choice_knows_the_scale_of_the_logits():
+    q, k, v = heads()
+    by_mass = Selector(MeanPooled(), Mass(0.6), block_size=8)
+    layouts = []
+    for scale in (None, 3.0):
+        attention = AdaptiveSparseAttention(by_mass, None, softmax_scale=scale)
+        close(attention(q, k, v), attended(by_mass(q, k, scale=scale), q, k, v, scale=scale))
+        layouts.append(attention.selected.layout)
+    assert not torch.equal(*layouts)
 
 
 def test_a_choice_is_made_within_the_pattern_of_the_layer():
