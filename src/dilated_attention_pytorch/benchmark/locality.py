@@ -78,8 +78,8 @@ def measure_orders(
     orders: dict[str, dict[str, Any]] = {}
     with threads(sizes.thread_count):
         for name, make in ORDERS.items():
+            order = make(sizes.shape)  # the first call warms up
             made = Spread.of([seconds_of(lambda make=make: make(sizes.shape)) for _ in range(rounds)])  # type: ignore[misc]
-            order = make(sizes.shape)
             shares = {
                 f"{n} x {n} neighbourhood in its segment of {w}": round(
                     neighbourhood_share(order, sizes.shape, w, n), 4
