@@ -43,16 +43,19 @@ class Clock:
         return {name: [self.seconds.get(name, 1.0)] * rounds for name in runs}
 
 
-def cells(rows, figure):
-    return [row[-2:] for row in rows if row[-3] == figure]
-
-
 def test_cells_say_median_and_reach_and_whether_a_goal_is_met():
     spread = Spread.of([2.0, 1.0, 4.0]).times(0.5)
     assert spread == Spread(1.0, 0.5, 2.0, 3)
     assert spread_text(asdict(spread)) == str(spread) == "1.00 (0.50-2.00)"
-    assert [goal_text(x, 0.6) for x in (0.59, 0.6)] == ["0.60, missed", "0.60"]
-    assert [goal_text(x, 0.15, at_most=True) for x in (0.15, 0.16)] == ["at most 0.15", "at most 0.15, missed"]
+    for figure, goal, at_most, words in (
+        (0.59, 0.6, False, ", goal 0.60 missed"),
+        (0.6, 0.6, False, ", goal 0.60"),
+        (0.15, 0.15, True, ", goal at most 0.15"),
+        (0.16, 0.15, True, ", goal at most 0.15 missed"),
+        (0.16, None, False, ""),
+    ):
+        measured = Spread.of([figure]).to_dict()
+        assert goal_text(measured, goal, at_most) == f"{spread_text(measured)}{words}"
 
 
 @pytest.mark.parametrize("per_head", [True, False])
@@ -93,7 +96,7 @@ def test_useful_rates_are_flops_over_seconds_over_those_of_the_dense_kernel(monk
     ((_, columns, rows, note),) = sparse.sparse_tables(results)
     assert all(len(row) == len(columns) for row in rows)
     assert "forward 10.0 s, forward + backward 10.0 s" in note
-    assert ("25 %", "1", "nobody", "there is no backend 'nobody'", "", "") in rows
+    assert ("25 %", "1", "nobody", "there is no backend 'nobody'", "", "", "", "") in rows
 
 
 def test_goals_of_block_sparse_attention_are_shown_with_misses():
@@ -103,9 +106,15 @@ def test_goals_of_block_sparse_attention_are_shown_with_misses():
     backends = {"auto": dict.fromkeys(sparse.RATE_GOALS, figures), "native": {"absent": sparse.TAKEN}}
     at = {"threads": 1, "density": 0.05, "auto takes": {"forward": "native"}, "backends": backends}
     rows = list(sparse.sparse_rows({"runs": [at, at | {"density": 0.1}]}))
-    assert {row[2] for row in rows} == {"auto (native)"}
-    goals = [row[-1] for row in rows]
-    assert goals == ["0.60", "10.00, missed", "0.65, missed", "10.00, missed", "", "0.60", "", "0.65, missed", "", ""]
+    assert rows[0][2:] == (
+        "auto (native)",
+        "0.62 (0.62-0.62), goal 0.60",
+        "0.62 (0.62-0.62), goal 0.65 missed",
+        *["9.00 (9.00-9.00), goal 10.00 missed"] * 2,
+        "70, 70",
+    )
+    assert rows[1][5:7] == ("9.00 (9.00-9.00)",) * 2
+    assert len(rows) == 2  # what auto takes has no row of its own
 
 
 @pytest.fixture
@@ -236,11 +245,11 @@ def test_choosing_is_measured_against_what_it_saves(monkeypatch, trained):
     assert causal["share of what it saves"] is None
     (_, columns, rows, _), (_, _, lost, _) = selectors.selector_tables(results)
     assert all(len(row) == len(columns) for row in rows)
-    assert cells(rows, "choosing and tables / attention saved") == [
-        *[("0.10 (0.10-0.10)", "at most 0.15")] * 2,
-        *[("it saves nothing", "at most 0.15, missed")] * 2,
+    assert [row[3] for row in rows] == [
+        *["0.10 (0.10-0.10), goal at most 0.15"] * 2,
+        *["it saves nothing, goal at most 0.15 missed"] * 2,
     ]
-    assert cells(rows, "milliseconds of choosing, tables, attention; dense")[0][0] == "500, 500, 2000, 12000"
+    assert rows[0][4:] == ("4.00 (4.00-4.00)", "500", "500", "2000", "12000")
     assert {row[0] for row in lost} == {"the trained model", "random numbers"}
     assert [row[0] for row in lost if row[1] == "Gate"] == ["the trained model"]
 
@@ -356,8 +365,14 @@ def test_orders_are_as_local_and_take_as_long_as_measured(monkeypatch):
     assert hilbert["with ordering, times as long as raster"]["median"] == 1.5
     ((_, columns, rows, _),) = locality.order_tables(results)
     assert all(len(row) == len(columns) for row in rows)
-    goals = {row[0]: row[3] for row in rows if row[1].startswith("attention")}
-    assert goals == {"Hilbert": "at most 1.05, missed", "Morton": "at most 1.05", "snake": "at most 1.05", "raster": ""}
+    at = columns.index("attention, times as long as in raster order")
+    once = "1.00 (1.00-1.00)"
+    assert {row[0]: row[at] for row in rows} == {
+        "Hilbert": "1.20 (1.20-1.20), goal at most 1.05 missed",
+        "Morton": f"{once}, goal at most 1.05",
+        "snake": f"{once}, goal at most 1.05",
+        "raster": once,
+    }
 
 
 def test_layouts_that_are_measured_are_random_with_the_diagonal():

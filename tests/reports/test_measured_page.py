@@ -47,7 +47,7 @@ def test_a_marked_table_is_drawn_anew_and_nothing_else(results):
     assert filled.startswith("a\n<!-- table: box/orders -->\n")
     assert filled.endswith("<!-- end of table -->\nb\n")
     assert "old" not in filled
-    assert "| raster | milliseconds to make | 2.00 (1.00-3.00) |  |" in filled
+    assert "| raster | 0.500 | 1.00 (1.00-1.00) | 1.00 (1.00-1.00) | 2.00 (1.00-3.00) |" in filled
     assert "3 rounds" in filled
     assert filled_page(filled, results) == filled
 

@@ -81,9 +81,7 @@ def measure_orders(
             order = make(sizes.shape)  # the first call warms up
             made = Spread.of([seconds_of(lambda make=make: make(sizes.shape)) for _ in range(rounds)])  # type: ignore[misc]
             shares = {
-                f"{n} x {n} neighbourhood in its segment of {w}": round(
-                    neighbourhood_share(order, sizes.shape, w, n), 4
-                )
+                f"{n} x {n}, segments of {w}": round(neighbourhood_share(order, sizes.shape, w, n), 4)
                 for w in sizes.share_segments
                 for n in sizes.neighbourhoods
             }
@@ -116,25 +114,28 @@ def _times_as_long(seconds: dict[str, list[float]], name: str) -> dict[str, floa
     return times_faster(seconds, BASE, name).to_dict()
 
 
-ORDER_COLUMNS = ("order", "figure", "measured", "goal")
+def order_columns(results: dict[str, Any]) -> tuple[str, ...]:
+    """The columns of `order_rows`."""
+    shares = [f"share of {what}" for what in results["orders"][BASE]["shares"]]
+    times = ("attention, times as long as in raster order", "with ordering", "ms to make the order")
+    return ("order", *shares, *times)
 
 
 def order_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Rows of `ORDER_COLUMNS`."""
+    """A row for each order; a goal that is not reached says so."""
     for name, figures in results["orders"].items():
-        for what, share in figures["shares"].items():
-            yield name, f"share of a token's {what}", f"{share:.3f}", ""
-        yield name, "milliseconds to make", spread_text(figures["milliseconds to make"]), ""
-        for what in ("attention", "with ordering"):
-            spread = figures[f"{what}, times as long as raster"]
-            goal = goal_text(spread["median"], 1 + SAME_TIME, at_most=True) if what == "attention" else ""
-            yield name, f"{what}: times as long as in raster order", spread_text(spread), "" if name == BASE else goal
+        shares = [f"{share:.3f}" for share in figures["shares"].values()]
+        goal = None if name == BASE else 1 + SAME_TIME
+        attention = goal_text(figures["attention, times as long as raster"], goal, at_most=True)
+        ordering = spread_text(figures["with ordering, times as long as raster"])
+        yield name, *shares, attention, ordering, spread_text(figures["milliseconds to make"])
 
 
 def order_tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]], str]]:
     """(title, columns, rows, note) of the table to show."""
     note = (
-        f"{results['shape']}, {results['threads']} threads; median (lowest-highest). "
+        "share: how much of a token's neighbourhood lies in its own segment, itself included. Attention on "
+        f"{results['shape']}, {results['threads']} threads: median (lowest-highest).\n"
         '"with ordering" adds putting q, k, v in order and the output back.'
     )
-    return [("Orders of a grid", ORDER_COLUMNS, list(order_rows(results)), note)]
+    return [("Orders of a grid", order_columns(results), list(order_rows(results)), note)]

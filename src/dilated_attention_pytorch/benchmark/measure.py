@@ -49,17 +49,18 @@ def spread_text(spread: Mapping[str, float]) -> str:
     return f"{spread['median']:.2f} ({spread['low']:.2f}-{spread['high']:.2f})"
 
 
-def goal_text(measured: float, goal: float | None, at_most: bool = False) -> str:
-    """A goal as a cell of a table, with the word "missed" where the figure falls short of it; empty without a goal.
+def goal_text(spread: Mapping[str, float], goal: float | None, at_most: bool = False) -> str:
+    """A stored spread as a cell of a table with its goal, and the word "missed" where the median falls short of it.
 
     Example:
-        >>> goal_text(0.58, 0.60), goal_text(0.1, 0.15, at_most=True), goal_text(1.0, None)
-        ('0.60, missed', 'at most 0.15', '')
+        >>> spread = Spread.of([0.58]).to_dict()
+        >>> goal_text(spread, 0.60), goal_text(spread, 1.05, at_most=True), goal_text(spread, None)
+        ('0.58 (0.58-0.58), goal 0.60 missed', '0.58 (0.58-0.58), goal at most 1.05', '0.58 (0.58-0.58)')
     """
     if goal is None:
-        return ""
-    met = measured <= goal if at_most else measured >= goal
-    return f"{'at most ' if at_most else ''}{goal:.2f}{'' if met else ', missed'}"
+        return spread_text(spread)
+    met = spread["median"] <= goal if at_most else spread["median"] >= goal
+    return f"{spread_text(spread)}, goal {'at most ' if at_most else ''}{goal:.2f}{'' if met else ' missed'}"
 
 
 def seconds_of(run: Callable[[], object]) -> float:
