@@ -238,7 +238,7 @@ def random_case(random: Random, name: str = "random") -> Case:
     """A small problem drawn from everything that the definition allows.
 
     Example:
-        >>> random_case(Random(3)) == random_case(Random(3))
+        >>> random_case(Random(3)).pattern.text() == random_case(Random(3)).pattern.text()
         True
     """
     batch, keys, kv_heads = random.randint(1, 3), random.randint(1, 70), random.randint(1, 3)
@@ -263,7 +263,7 @@ def random_case(random: Random, name: str = "random") -> Case:
 
 
 def random_pattern(random: Random, length: int, depth: int = 2) -> Pattern:
-    """A pattern for sequences of about this length (tokens): LongNet's, a simple one, or a combination."""
+    """A pattern for sequences of about this length (tokens): LongNet's, blocks, a simple one, or a combination."""
 
     def branches() -> Pattern:
         count = random.randint(1, 3)
@@ -271,11 +271,22 @@ def random_pattern(random: Random, length: int, depth: int = 2) -> Pattern:
         rates = [random.randint(1, 6) for _ in range(count)]
         return longnet(segments, rates, head_offset=random.choice(("modulo", "torchscale")))
 
-    kind = random.choice(("longnet", "longnet", "causal", "simple") + ("and", "sum", "documents") * (depth > 0))
+    def blocks() -> Pattern:
+        size, end = (random.randint(1, 20), random.randint(1, 20)), max(2 * length, 140)
+        cells = [
+            [random.choice((0, 0, 0, 1, 1, 2)) for _ in range(-(-end // size[1]))] for _ in range(-(-end // size[0]))
+        ]
+        return BlockSparse(size, torch.tensor(cells))
+
+    kind = random.choice(
+        ("longnet", "longnet", "causal", "simple", "blocks") + ("and", "sum", "documents") * (depth > 0)
+    )
     if kind == "longnet":
         return branches()
     if kind == "causal":
         return branches() & Causal()
+    if kind == "blocks":
+        return blocks()
     if kind == "simple":
         return random.choice((Full(), Causal(), Window(random.randint(1, length + 1))))
     left = random_pattern(random, length, depth - 1)
