@@ -69,12 +69,12 @@ def test_candidates_can_compute_and_are_not_far_worse():
     one = measuring.example(Key("float32", 16, "causal", 128, False, False), CPU)
     found = measuring.candidates(one.problem, one.pattern, "causal", BOTH)
     assert {c.backend for c in found} == {"sdpa", "dense"}
-    assert {c.plan for c in found if c.backend == "sdpa"} == {"StridedPlan", "DensePlan"}
+    assert {c.plan for c in found if c.backend == "sdpa"} == {"StridedPlan", "DensePlan", "TilePlan"}
     for choice, (backend, plan) in found.items():
         assert (backend.name, type(plan).__name__, backend.options) == (choice.backend, choice.plan, choice.options)
         assert backend.reasons_against(one.problem, plan) == []
     window = measuring.example(Key("float32", 16, "window", 4096, False, False), CPU)
-    assert {c.plan for c in measuring.candidates(window.problem, window.pattern, "window", BOTH)} == {"StridedPlan"}
+    assert {c.plan for c in measuring.candidates(window.problem, window.pattern, "window", BOTH)} == {"StridedPlan", "TilePlan"}
 
 
 def test_tables_of_tiles_are_candidates_where_they_may_pay():
@@ -121,9 +121,9 @@ def test_options_are_measured_of_what_came_near(monkeypatch):
 
     monkeypatch.setattr(measuring, "race", race)
     ranking = measuring.rank(Key("float32", 16, "causal", 64, False, False), CPU, 4)
-    assert races[0] == ["sdpa dense", "sdpa strided", "dense dense"]
+    assert races[0] == ["sdpa dense", "sdpa strided", "sdpa tile", "dense dense"]
     assert races[1] == ["sdpa strided", "sdpa strided packed_rows=4096", "sdpa strided packed_rows=65536"]
-    assert [m.seconds.rounds for m in ranking] == [4, 4, 4, 1, 1]
+    assert [m.seconds.rounds for m in ranking] == [4, 4, 4, 1, 1, 1]
     assert measuring.rank(Key("float32", 16, "causal", 64, False, False), CPU, 4, [m.choice for m in ranking]) is None
 
 
