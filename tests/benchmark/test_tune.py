@@ -74,7 +74,10 @@ def test_candidates_can_compute_and_are_not_far_worse():
         assert (backend.name, type(plan).__name__, backend.options) == (choice.backend, choice.plan, choice.options)
         assert backend.reasons_against(one.problem, plan) == []
     window = measuring.example(Key("float32", 16, "window", 4096, False, False), CPU)
-    assert {c.plan for c in measuring.candidates(window.problem, window.pattern, "window", BOTH)} == {"StridedPlan", "TilePlan"}
+    assert {c.plan for c in measuring.candidates(window.problem, window.pattern, "window", BOTH)} == {
+        "StridedPlan",
+        "TilePlan",
+    }
 
 
 def test_tables_of_tiles_are_candidates_where_they_may_pay():

@@ -42,8 +42,6 @@ SOON_TILES = 1 << 12
 """Up to so many tiles are read in row order though another order has fewer (seconds; above, a minute and more)."""
 LEAST_ROWS = 16
 """The fewest query rows of a tile: fewer, and kernels do little else than start."""
-LEAST_TILE, USUAL_TILE, LARGEST_TILE = 16, 64, 128
-"""Sides of tiles that follow a pattern's blocks (tokens); below the usual one, kernels run at a lower rate."""
 LARGEST_TILE = 128
 """Rows and keys of a tile at most where they follow a pattern's blocks."""
 CALL_PAIRS = 50_000
