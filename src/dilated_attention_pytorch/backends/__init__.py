@@ -106,8 +106,7 @@ def _chosen(choice: Choice, problem: Problem, plans: tuple[Plan, ...]) -> tuple[
     backend = next(b for b in BACKENDS if b.name == choice.backend)
     if backend.options != choice.options:
         backend = type(backend)(choice.options)
-    kinds = {type(plan).__name__ for plan in plans}
-    if choice.plan not in kinds | {StridedPlan.__name__, DensePlan.__name__}:
-        plans = candidate_plans(plans[0].pattern, problem, tiles=True)  # tables are made only on request
+    if choice.plan not in (StridedPlan.__name__, DensePlan.__name__):  # tables are made on request, and of this size
+        plans = candidate_plans(plans[0].pattern, problem, tiles=True, largest_tile=choice.options.tile)
     plan, _ = reasons(backend, problem, tuple(p for p in plans if type(p).__name__ == choice.plan))
     return None if plan is None else (backend, plan)

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.plans import Plan
+from dilated_attention_pytorch.plans.planner import LARGEST_TILE
 from dilated_attention_pytorch.problem import Problem
+
+TILES = (16, 32, 64, 128, 256)
+"""Sides of tiles that options may name."""
 
 
 class Gradients(NamedTuple):
@@ -36,10 +40,21 @@ class Options:
     refused by ``__post_init__`` with InvalidInput. The backend sets ``options_type`` and annotates ``options``.
     """
 
+    @property
+    def tile(self) -> int:
+        """Rows and keys of a tile at most, where a plan has tiles; a field of that name makes it a choice."""
+        return LARGEST_TILE
+
 
 @dataclass(frozen=True)
 class NoOptions(Options):
     """Nothing to choose."""
+
+
+def check_tile(name: str, tile: int) -> None:
+    """Raise InvalidInput unless ``tile`` is a power of two from 16 to 256."""
+    if isinstance(tile, bool) or tile not in TILES:
+        raise InvalidInput(f"{name}: expected tile to be one of {', '.join(map(str, TILES))}. Got {tile!r}.")
 
 
 class Backend(ABC):

@@ -30,8 +30,8 @@ from dilated_attention_pytorch.backends.tuning import (
 )
 from dilated_attention_pytorch.benchmark.measure import Spread
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.patterns import Causal, Dilated, Documents, Full, Pattern, Window, longnet
-from dilated_attention_pytorch.plans import DensePlan, Plan, TilePlan, candidate_plans
+from dilated_attention_pytorch.patterns import Causal, Dilated, Documents, Full, Pattern, Window, longnet, random_blocks
+from dilated_attention_pytorch.plans import DensePlan, OrderedPlan, Plan, TilePlan, candidate_plans
 from dilated_attention_pytorch.plans.planner import strided_plan
 from dilated_attention_pytorch.problem import Problem, make_problem
 from dilated_attention_pytorch.training.environment import versions
@@ -39,14 +39,16 @@ from dilated_attention_pytorch.training.files import write_whole
 
 LENGTHS = (64, 256, 1024, 4096, 16384)
 GPU_LENGTHS = (128, 1024, 4096, 16384, 65536, 262144)
-QUADRATIC = ("full", "causal", "other")
+QUADRATIC = ("full", "causal", "blocks", "other")
 QUADRATIC_LENGTH = 4096
 """The longest that patterns with a quadratic number of pairs are measured at (tokens); longer ones take its ranking."""
-TILED = ("full", "causal", "window", "other")
+TILED = ("full", "causal", "window", "blocks", "other")
 DECODED = ("causal", "window", "dilated-short-causal", "dilated-long-causal")
 PAIRS = 1 << 25
 """Pairs that an example has at most on a CPU, over its heads; long ones get fewer heads, two at least."""
 GPU_PAIRS = 1 << 33
+BLOCKS_DENSITY = 0.25
+"""Share of blocks kept in the example of "blocks", before it is made causal."""
 FAR_PAIRS = 1 << 22
 """A plan with more pairs than this, and 8 times those of the best plan or its logits in chunks, is not measured."""
 FAR = 3.0
@@ -114,6 +116,7 @@ def example_pattern(name: str, length: int) -> Pattern:
         "dilated-long": long,
         "dilated-short-causal": short & Causal(),
         "dilated-long-causal": long & Causal(),
+        "blocks": random_blocks(length, block_size=max(16, min(128, length // 16)), density=BLOCKS_DENSITY) & Causal(),
         "other": Dilated(512, 2) & Dilated(768, 3),
     }[name]
 
@@ -164,9 +167,20 @@ def candidates(
             dense = isinstance(plan, DensePlan)  # one call, in which there is nothing to choose
             for options in (backend.options,) if dense else backend.candidates(problem):
                 one = type(backend)(options)
-                if not one.reasons_against(problem, plan):
-                    found[Choice(backend.name, type(plan).__name__, options)] = (one, plan)
+                walked: Plan | None = plan
+                if options.tile != backend.options.tile:
+                    others = candidate_plans(pattern, problem, tiles, options.tile)
+                    resized = (p for p in others if type(p) is type(plan) and tiles_of(p) != tiles_of(plan))
+                    walked = next(resized, None)
+                if walked is not None and not one.reasons_against(problem, walked):
+                    found[Choice(backend.name, type(plan).__name__, options)] = (one, walked)
     return found
+
+
+def tiles_of(plan: Plan) -> tuple[int, int] | None:
+    """Query rows and key rows of a plan's tiles, or None where it has none."""
+    tiles = plan.tiles if isinstance(plan, OrderedPlan) else plan
+    return tiles.block_size if isinstance(tiles, TilePlan) else None
 
 
 def runner(backend: Backend, problem: Problem, plan: Plan) -> Callable[[], object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
@@ -104,6 +104,14 @@ class Pattern(ABC):
 
         ``q`` and ``k`` have at most three dims (head, query, key). A pattern with a batch of tables adds a leading dim.
         """
+
+    def parts(self) -> Iterator[Pattern]:
+        """This pattern, and all those that it is made of."""
+        yield self
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, Pattern):
+                yield from value.parts()
 
     def branches(self) -> tuple[Branch, ...] | None:
         """The closed form as a sum of branches, or None: then plans work from `count`."""

@@ -171,7 +171,7 @@ def fixed_classes(pattern: Pattern) -> int | None:
 
     Their tables may come from later tokens, which must not decide in which order a row sums its keys.
     """
-    found = [part.key_classes for part in _parts(pattern) if part.key_classes is not None]
+    found = [part.key_classes for part in pattern.parts() if part.key_classes is not None]
     return math.lcm(*found) if found else None
 
 
@@ -182,7 +182,7 @@ def chosen_rows(pattern: Pattern) -> int | None:
         >>> chosen_rows(Dilated(4096, 8)) is None
         True
     """
-    found = [part.chosen_rows for part in _parts(pattern) if part.chosen_rows is not None]
+    found = [part.chosen_rows for part in pattern.parts() if part.chosen_rows is not None]
     return math.gcd(*found) if found else None
 
 
@@ -213,17 +213,9 @@ def _last_rows(problem: Problem, rows: int) -> Problem:
     return replace(problem, q=q, k=k, v=v, bias=None, query_positions=queries, key_positions=keys)
 
 
-def _parts(pattern: Pattern) -> Iterator[Pattern]:
-    yield pattern
-    for f in fields(pattern):  # type: ignore[arg-type]
-        value = getattr(pattern, f.name)
-        if isinstance(value, Pattern):
-            yield from _parts(value)
-
-
 def _classes(pattern: Pattern, length: int) -> Iterator[tuple[int, int | None]]:
     """(modulus, period after which classes start anew or None) worth comparing, small moduli first."""
-    grids = {(p.segment_length, p.dilation_rate) for p in _parts(pattern) if isinstance(p, Dilated)}
+    grids = {(p.segment_length, p.dilation_rate) for p in pattern.parts() if isinstance(p, Dilated)}
     rates = sorted({r for _, r in grids if r > 1})
     for modulus in sorted({*rates, math.lcm(*rates)} - {1}):
         if modulus <= MAX_MODULUS:
@@ -238,7 +230,7 @@ def _order(
 ) -> RowOrder | None:
     """The order by classes of this modulus, or None when it has too many runs or samples are packed differently."""
     starts = {0}
-    for part in _parts(pattern):
+    for part in pattern.parts():
         if isinstance(part, Packed):
             if part.documents.varies_by_sample:
                 return None

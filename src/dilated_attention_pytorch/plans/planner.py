@@ -43,7 +43,7 @@ SOON_TILES = 1 << 12
 LEAST_ROWS = 16
 """The fewest query rows of a tile: fewer, and kernels do little else than start."""
 LARGEST_TILE = 128
-"""Rows and keys of a tile at most where they follow a pattern's blocks."""
+"""Rows and keys of a tile at most, unless a backend's options say otherwise."""
 CALL_PAIRS = 50_000
 """What one call for one piece costs beside its arithmetic, in pairs of one kernel (about 0.1 ms on a CPU core)."""
 
@@ -52,10 +52,13 @@ _cache: OrderedDict[tuple[object, ...], tuple[Plan, ...]] = OrderedDict()
 _lock = threading.Lock()
 
 
-def candidate_plans(pattern: Pattern, problem: Problem, tiles: bool = False) -> tuple[Plan, ...]:
+def candidate_plans(
+    pattern: Pattern, problem: Problem, tiles: bool = False, largest_tile: int = LARGEST_TILE
+) -> tuple[Plan, ...]:
     """Every plan that walks this pattern for this problem, the one with the least work first.
 
     A pattern with a strided form gets tables of tiles only on request, ``tiles=True``: making them costs more.
+    ``largest_tile`` bounds the rows and keys of a tile.
 
     Example:
         >>> from dilated_attention_pytorch import Causal
@@ -76,6 +79,7 @@ def candidate_plans(pattern: Pattern, problem: Problem, tiles: bool = False) -> 
         problem.key_positions,
         problem.key_lengths,
         tiles or pattern.branches() is None,  # without a closed form tables are made whether they are asked for or not
+        largest_tile,
     )
     with _lock:
         if key in _cache:
@@ -89,7 +93,7 @@ def candidate_plans(pattern: Pattern, problem: Problem, tiles: bool = False) -> 
         short = _counted_pairs(problem) <= MASKED_PAIRS and dense.issued_pairs(problem) < strided_cost
         plans = (dense, strided) if short else (strided, dense)
     if tiles or strided is None:
-        made = _tiled(pattern, problem, needed=strided is None)
+        made = _tiled(pattern, problem, tile_size(pattern, problem, largest_tile), needed=strided is None)
         plans = (*plans, *made) if strided is not None or dense.short is not None else (*made, *plans)
     with _lock:
         _cache[key] = plans
@@ -104,9 +108,9 @@ def _digest(table: Tensor) -> tuple[object, ...]:
     return tuple(table.shape), table.dtype, numbers
 
 
-def _tiled(pattern: Pattern, problem: Problem, needed: bool) -> tuple[Plan, ...]:
+def _tiled(pattern: Pattern, problem: Problem, size: tuple[int, int], needed: bool) -> tuple[Plan, ...]:
     """Tables of tiles: with rows by residue where that is denser, and in row order if ``needed`` or soon made."""
-    size, has_order = tile_size(pattern, problem), fixed_classes(pattern) is not None
+    has_order = fixed_classes(pattern) is not None
     moves = has_order or chosen_rows(pattern) is None
     ordered = ordered_plan(pattern, problem, size) if moves else None
     if ordered is not None and has_order:
@@ -115,14 +119,16 @@ def _tiled(pattern: Pattern, problem: Problem, needed: bool) -> tuple[Plan, ...]
     return tuple(p for p in (ordered, tile_plan(pattern, problem, size) if soon else None) if p is not None)
 
 
-def tile_size(pattern: Pattern, problem: Problem) -> tuple[int, int]:
+def tile_size(pattern: Pattern, problem: Problem, largest: int = LARGEST_TILE) -> tuple[int, int]:
     """Query rows and key rows of a tile: on a CPU those of the pattern's blocks, so that tiles are full or empty.
+
+    Neither is above ``largest``, and they are part of no result.
 
     Rows of blocks that were chosen apart stand in tiles of their own, so that a row is summed alike whatever was chosen
     for later blocks, bit for bit (law 5). It cannot be where rows start at a place that shares no divisor of at least
     `LEAST_ROWS` with the blocks, unless all rows lie in one block.
     """
-    rows, keys = BLOCK_SIZE
+    rows, keys = (min(n, largest) for n in BLOCK_SIZE)
     chosen = chosen_rows(pattern)
     if chosen is not None and len(problem.query_positions) == 1:
         start, last = problem.query_positions[0].start, positions_end(problem.query_positions) - 1
@@ -131,9 +137,9 @@ def tile_size(pattern: Pattern, problem: Problem) -> tuple[int, int]:
     blocks = list(_block_sizes(pattern))
     if blocks and problem.q.device.type in ("cpu", "meta"):
         starts = ([run.start for run in side] for side in (problem.query_positions, problem.key_positions))
-        own = [math.gcd(LARGEST_TILE, *sizes, *at) for sizes, at in zip(zip(*blocks), starts)]
+        own = [math.gcd(largest, *sizes, *at) for sizes, at in zip(zip(*blocks), starts)]
         if min(own) >= LEAST_ROWS:
-            return min(rows, own[0]), own[1]
+            return own[0] if chosen is None else math.gcd(rows, own[0]), own[1]
     return rows, keys
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.backends.base import Backend, Gradients, Options
+from dilated_attention_pytorch.backends.base import Backend, Gradients, Options, check_tile
 from dilated_attention_pytorch.backends.native import library
 from dilated_attention_pytorch.backends.native.structs import Array, Lists, NativeProblem
 from dilated_attention_pytorch.backends.native.tables import strided_tables, tiled_tables
@@ -18,6 +18,7 @@ from dilated_attention_pytorch.backends.ordered import backward_in_order, forwar
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.memory import empty
 from dilated_attention_pytorch.plans import OrderedPlan, Plan, StridedPlan, TilePlan
+from dilated_attention_pytorch.plans.planner import LARGEST_TILE
 from dilated_attention_pytorch.problem import Problem, positions_end, positions_tensor
 from dilated_attention_pytorch.scores import Relative
 
@@ -31,18 +32,21 @@ class NativeOptions(Options):
     """How the C kernel is built and how it cuts the work.
 
     ``vector``: "auto" takes what the CPU has; "avx512", "avx2" or "portable" ask for that build. ``part_rows``: query
-    rows of one unit of work; ``pack_keys``: keys packed at once, for one piece of one head.
+    rows of one unit of work; ``pack_keys``: keys packed at once, for one piece of one head; ``tile``: rows and
+    keys of a tile at most, where a plan has tiles.
 
     Example:
         >>> NativeOptions(pack_keys=2048)
-        NativeOptions(vector='auto', part_rows=4096, pack_keys=2048)
+        NativeOptions(vector='auto', part_rows=4096, pack_keys=2048, tile=128)
     """
 
     vector: str = "auto"
     part_rows: int = 4096
     pack_keys: int = 4096
+    tile: int = LARGEST_TILE
 
     def __post_init__(self) -> None:
+        check_tile("NativeOptions", self.tile)
         if self.vector not in ("auto", *library.VECTORS):
             names = ", ".join(map(repr, ("auto", *library.VECTORS)))
             raise InvalidInput(f"NativeOptions: expected vector to be one of {names}. Got {self.vector!r}.")
@@ -62,7 +66,8 @@ class NativeBackend(Backend):
 
     def candidates(self, problem: Problem) -> tuple[Options, ...]:
         sizes = ((4096, 4096), (2048, 2048), (8192, 8192))
-        return tuple(NativeOptions(self.options.vector, *size) for size in sizes)
+        cuts = tuple(NativeOptions(self.options.vector, *size) for size in sizes)
+        return (*cuts, *(replace(cuts[0], tile=tile) for tile in (64, 256)))
 
     def import_error(self) -> str | None:
         found = library.load(self.options.vector)

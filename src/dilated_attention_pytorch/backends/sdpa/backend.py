@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.backends.base import Backend, Gradients, Options
+from dilated_attention_pytorch.backends.base import Backend, Gradients, Options, check_tile
 from dilated_attention_pytorch.backends.kernel import Kernel, shared_reasons
 from dilated_attention_pytorch.backends.ordered import backward_in_order, forward_in_order
 from dilated_attention_pytorch.backends.sdpa.kernels import CUDNN_ROWS, Need, choose_kernel
@@ -16,6 +16,7 @@ from dilated_attention_pytorch.backends.strided import StridedWalk
 from dilated_attention_pytorch.backends.tiled import TiledWalk
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.plans import DensePlan, OrderedPlan, Plan, StridedPlan, TilePlan
+from dilated_attention_pytorch.plans.planner import LARGEST_TILE
 from dilated_attention_pytorch.problem import Problem
 
 CPU_ROWS = 4096
@@ -29,6 +30,8 @@ KERNELS = ("auto", "cudnn_attention", "flash_attention", "efficient_attention")
 class SdpaOptions(Options):
     """``packed_rows`` (tokens x heads x samples) are packed at once on a CPU; ``kernel`` names one of CUDA's.
 
+    ``tile`` is rows and keys of a tile at most, where a plan has tiles.
+
     On a GPU everything that shares pieces is packed at once; so are all rows of a head where a plan has tiles.
 
     Example:
@@ -38,8 +41,10 @@ class SdpaOptions(Options):
 
     packed_rows: int = 16384
     kernel: str = "auto"
+    tile: int = LARGEST_TILE
 
     def __post_init__(self) -> None:
+        check_tile("SdpaOptions", self.tile)
         if isinstance(self.packed_rows, bool) or not isinstance(self.packed_rows, int) or self.packed_rows < 1:
             raise InvalidInput(f"SdpaOptions: expected packed_rows of at least 1. Got {self.packed_rows!r}.")
         if self.kernel not in KERNELS:
@@ -58,7 +63,8 @@ class SdpaBackend(Backend):
         if problem.q.device.type == "cuda":
             return tuple(replace(self.options, kernel=kernel) for kernel in KERNELS)
         sizes = dict.fromkeys((self.options.packed_rows, 4096, 16384, 65536))
-        return tuple(replace(self.options, packed_rows=rows) for rows in sizes)
+        cuts = tuple(replace(self.options, packed_rows=rows) for rows in sizes)
+        return (*cuts, *(replace(self.options, tile=tile) for tile in (64, 256)))
 
     def reasons_against(self, problem: Problem, plan: Plan) -> list[str]:
         reasons = shared_reasons(problem)

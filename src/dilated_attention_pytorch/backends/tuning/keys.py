@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from dilated_attention_pytorch.patterns import Pattern
+from dilated_attention_pytorch.patterns import BlockSparse, Pattern
 from dilated_attention_pytorch.plans import Plan
 from dilated_attention_pytorch.problem import Problem
 
@@ -27,6 +27,7 @@ PATTERN_CLASSES = (
     "dilated-long",
     "dilated-short-causal",
     "dilated-long-causal",
+    "blocks",
     "other",
 )
 
@@ -59,7 +60,7 @@ def pattern_class(pattern: Pattern) -> str:
     """
     branches = pattern.branches()
     if branches is None:
-        return "other"
+        return "blocks" if any(isinstance(part, BlockSparse) for part in pattern.parts()) else "other"
     rows = [b.segment_length // b.dilation_rate for b in branches if b.segment_length is not None]
     causal = any(b.is_causal for b in branches)
     if rows:
