@@ -67,6 +67,14 @@ def test_long_patterns_without_a_closed_form():
         chosen(long, GRIDS, "sdpa")
 
 
+def test_a_pattern_that_gives_no_plan_of_a_kind_is_a_reason():
+    strided = type("Strided", (SdpaBackend,), {"plans": (StridedPlan,)})
+    problem = problem_of()
+    plan, against = reasons(strided(), problem, candidate_plans(GRIDS, problem))
+    assert plan is None
+    assert against == ["this pattern gives no StridedPlan: it has no closed form on these positions"]
+
+
 def test_every_reason_is_given():
     problem = problem_of(dv=4, bias=torch.zeros(6), score=Softcap(1.0), dropout_p=0.1)
     plan, against = reasons(SdpaBackend(), problem, candidate_plans(Causal(), problem))

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dilated_attention_pytorch import Causal, attend, explain, longnet
@@ -389,7 +390,8 @@ def test_each_part_is_printed_and_stored(name, monkeypatch, tmp_path, trained):
     tiny = replace(study, measure=partial(study.measure, sizes=sizes), steps=partial(study.steps, sizes=sizes))
     monkeypatch.setitem(run.STUDIES, name, tiny)
     words = ["bench", "--only", name, "--rounds", "1", "--out", str(tmp_path), "--run", str(trained)]
-    result = CliRunner().invoke(app, words, env={"COLUMNS": "400", "TERM": "dumb"})
+    monkeypatch.setattr("dilated_attention_pytorch.cli.bench.out", Console(width=400))
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     (stored,) = tmp_path.rglob(f"{name}.json")
     results = json.loads(stored.read_text())
