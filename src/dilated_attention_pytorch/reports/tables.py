@@ -56,7 +56,7 @@ class Table:
         )
         for index, column in enumerate(self.columns):
             numbers = index > 0 and all(_NUMBER.match(row[index]) for row in self.rows)
-            table.add_column(Text(column), justify="right" if numbers else "left")
+            table.add_column(Text(column), justify="right" if numbers else "left", overflow="fold")
         for number, row in enumerate(self.rows):
             table.add_row(*(Text(cell) for cell in row), style="bold" if number in self.strong else None)
         return table
