@@ -106,9 +106,11 @@ def test_options_are_checked_and_worth_measuring():
         SdpaOptions(kernel="math")
     x = torch.zeros(1, 8, 1, 8)
     problem = make_problem(x, x, x, scale=1.0, query_start=0)
-    rows = [options.packed_rows for options in SdpaBackend(SdpaOptions(packed_rows=64)).candidates(problem)]
-    assert rows[0] == 64
-    assert len(set(rows)) == len(rows) > 2
+    offered = SdpaBackend(SdpaOptions(packed_rows=64)).candidates(problem)
+    assert offered[0] == SdpaOptions(packed_rows=64)
+    assert len(set(offered)) == len(offered)
+    assert len({options.packed_rows for options in offered}) > 2
+    assert {options.tile for options in offered} == {64, 128, 256}
 
 
 @pytest.mark.parametrize("rows", [1, 40, 100000])
