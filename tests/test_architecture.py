@@ -183,7 +183,7 @@ def test_import_brings_little():
 
 
 def test_every_public_name_exists_and_is_tested():
-    tested = {path: path.read_text() for path in TESTS.rglob("test_*.py") if path != Path(__file__)}
+    tested = {path: path.read_text() for path in TESTS.rglob("*.py") if path != Path(__file__)}
     everything = "\n".join(tested.values())
     for name in dilated_attention_pytorch.__all__:
         assert hasattr(dilated_attention_pytorch, name)
