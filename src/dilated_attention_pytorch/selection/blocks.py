@@ -16,6 +16,9 @@ from dilated_attention_pytorch.patterns import BlockSparse, Pattern
 from dilated_attention_pytorch.patterns.base import And, Block
 from dilated_attention_pytorch.problem import Problem, check_inputs, make_problem, positions_end
 
+BOUND_CELLS = 1 << 22
+"""Blocks whose bounds are asked at once: bounds hold memory for some int64 of each."""
+
 
 @dataclass(frozen=True, eq=False)
 class SelectedTiles(And):

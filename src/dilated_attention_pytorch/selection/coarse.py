@@ -17,12 +17,10 @@ from dilated_attention_pytorch.merging import merge
 from dilated_attention_pytorch.patterns import BlockSparse, Full, Pattern
 from dilated_attention_pytorch.patterns.base import Block
 from dilated_attention_pytorch.problem import Problem, accumulate_dtype, positions_end
-from dilated_attention_pytorch.selection.blocks import SelectedTiles, block_bounds, blocks_problem
+from dilated_attention_pytorch.selection.blocks import BOUND_CELLS, SelectedTiles, block_bounds, blocks_problem
 
 _GREATEST_COUNT = 255
 """Tables of tiles hold counts in 8 bits: a pooled key of more stands there several times, with a share of the count."""
-_BOUND_CELLS = 1 << 22
-"""Blocks whose bounds are asked at once: bounds hold memory for some int64 of each."""
 
 
 def attend_with_coarse(
@@ -131,7 +129,7 @@ def pooled_counts(problem: Problem, pattern: Pattern, block_size: tuple[int, int
         return torch.where(low == high, low, 0)
 
     parts = []
-    at_once = max(1, _BOUND_CELLS // (problem.num_heads * len(key_low)))
+    at_once = max(1, BOUND_CELLS // (problem.num_heads * len(key_low)))
     for row in range(first, end, at_once):
         query_low = torch.arange(row, min(row + at_once, end)) * rows
         known = {n: visible(query_low, n) for n in set(lengths)}

@@ -14,10 +14,7 @@ from torch.nn.functional import pad
 from dilated_attention_pytorch.patterns import Pattern
 from dilated_attention_pytorch.patterns.base import Block
 from dilated_attention_pytorch.problem import Problem, positions_end
-from dilated_attention_pytorch.selection.blocks import QueryBlocks, TokenBlocks, block_bounds
-
-_BOUND_CELLS = 1 << 22
-"""Blocks whose bounds are asked at once: bounds hold memory for some int64 of each."""
+from dilated_attention_pytorch.selection.blocks import BOUND_CELLS, QueryBlocks, TokenBlocks, block_bounds
 
 
 def query_blocks(
@@ -115,7 +112,7 @@ def _seen_up_to(length: int, pattern: Pattern, problem: Problem, size: int, firs
     keys = _stretch(key_low, key_low + size, (0, length))
     query_low = torch.arange(first, -(-end // size)) * size
     queries = _stretch(query_low, query_low + size, (start, end))
-    at_once = max(1, _BOUND_CELLS // (problem.num_heads * max(1, len(key_low))))
+    at_once = max(1, BOUND_CELLS // (problem.num_heads * max(1, len(key_low))))
     parts = []
     for row in range(0, len(query_low), at_once):
         some = Block(*(x[row : row + at_once] for x in queries))
