@@ -75,7 +75,7 @@ def test_open_and_always_blocks(name):
 
 def test_bounds_are_asked_in_parts(monkeypatch):
     whole = SIZES["causal_dilated"].read().open_blocks
-    monkeypatch.setattr("dilated_attention_pytorch.selection.reading._BOUND_CELLS", 40)
+    monkeypatch.setattr("dilated_attention_pytorch.selection.reading.BOUND_CELLS", 40)
     assert torch.equal(SIZES["causal_dilated"].read().open_blocks, whole)
 
 

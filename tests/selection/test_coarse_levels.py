@@ -168,7 +168,7 @@ def test_pooled_rows_and_their_counts(monkeypatch):
     assert (means[1, 2] == 0).all()
     padding = torch.arange(10) >= torch.tensor([[10], [6]])
     problem = make_problem(x, x, x, scale=1.0, query_start=0, key_padding_mask=padding)
-    monkeypatch.setattr(coarse, "_BOUND_CELLS", 1)  # one row at a time
+    monkeypatch.setattr(coarse, "BOUND_CELLS", 1)  # one row at a time
     counts = pooled_counts(problem, Causal(), (4, 4))
     assert counts[:, 0].tolist() == [[[0, 0, 0], [4, 0, 0], [4, 4, 0]], [[0, 0, 0], [4, 0, 0], [4, 2, 0]]]
     last = make_problem(x[:1, 8:], x[:1], x[:1], scale=1.0, query_start=8)
