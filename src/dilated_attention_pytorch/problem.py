@@ -55,7 +55,8 @@ class Problem:
     """One attention problem. Nothing in it changes after construction; `check_inputs` and `make_problem` fill it.
 
     ``key_lengths`` is the number of visible keys of each sample when there is a padding mask, else None.
-    ``seed`` is an int64 tensor of one element when ``dropout_p > 0``.
+    ``seed`` is an int64 tensor of one element when ``dropout_p > 0``. ``partial`` says that the problem is a share of a
+    larger one (a ring step): results are to be in the accumulate dtype, as merging rounded shares would add up errors.
     """
 
     q: Tensor  # (B, Nq, H, D)
@@ -70,6 +71,7 @@ class Problem:
     dropout_p: float = 0.0
     seed: Tensor | None = None
     needs_grad: bool = False
+    partial: bool = False
 
     @property
     def batch(self) -> int:
@@ -100,6 +102,11 @@ class Problem:
     def accumulate_dtype(self) -> torch.dtype:
         """The dtype of lse and of sums: float64 for float64 inputs, else float32."""
         return accumulate_dtype(self.q.dtype)
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of out and of the gradients of q, k and v: q's, or the accumulate dtype of a partial problem."""
+        return self.accumulate_dtype if self.partial else self.q.dtype
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
