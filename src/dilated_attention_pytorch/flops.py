@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from dilated_attention_pytorch.patterns import Pattern, pattern_from_text
-from dilated_attention_pytorch.plans import DensePlan, OrderedPlan, Plan, StridedPlan, TilePlan, candidate_plans
-from dilated_attention_pytorch.plans.planner import strided_plan
+from dilated_attention_pytorch.plans import DensePlan, OrderedPlan, Plan, TilePlan, candidate_plans
+from dilated_attention_pytorch.plans.pairs import closed_form_pairs
 from dilated_attention_pytorch.problem import Problem, make_problem
 
 EXACT_PAIRS = 1 << 26
@@ -46,9 +46,9 @@ def counted_pairs(pattern: Pattern, problem: Problem, plans: Sequence[Plan] = ()
     every = p.batch * p.num_heads * p.query_length * p.key_length
     if any(_is_shape_only(table) for table in pattern.tables):
         return every, False
-    strided = next((plan for plan in plans if isinstance(plan, StridedPlan)), None) or strided_plan(pattern, p)
-    if strided is not None:
-        return strided.issued_pairs(p), True
+    closed = closed_form_pairs(pattern, p)
+    if closed is not None:
+        return closed[0], True
     if every <= EXACT_PAIRS and not _is_shape_only(p.q):
         return int(DensePlan(pattern).expand(p).sum()), True
     known = (plans or candidate_plans(pattern, p)) if pattern.tables else ()
