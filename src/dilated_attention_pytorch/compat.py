@@ -15,6 +15,7 @@ from torch import Tensor
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.patterns.base import And, Branch, Pattern, Sum
 from dilated_attention_pytorch.patterns.dilated import Dilated
+from dilated_attention_pytorch.patterns.heads import SomeHeads
 from dilated_attention_pytorch.patterns.simple import Causal, Full
 
 
@@ -62,6 +63,8 @@ def branch_patterns(pattern: Pattern) -> list[Pattern]:
         return [p & pattern.left for p in branch_patterns(pattern.right)]
     if isinstance(pattern, Dilated):
         return [pattern]
+    if isinstance(pattern, SomeHeads):
+        return [SomeHeads(p, pattern.first, pattern.total) for p in branch_patterns(pattern.inner)]
     raise InvalidInput(
         "TorchscaleCompat: expected longnet(...), optionally & Causal(), since other patterns do not exist in "
         f"torchscale. Got {pattern.text()}; drop compat=."

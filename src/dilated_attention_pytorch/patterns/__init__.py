@@ -4,6 +4,7 @@ from dilated_attention_pytorch.patterns.base import Branch, Pattern, pattern_fro
 from dilated_attention_pytorch.patterns.blocks import BlockSparse
 from dilated_attention_pytorch.patterns.dilated import Dilated, longnet
 from dilated_attention_pytorch.patterns.documents import Documents
+from dilated_attention_pytorch.patterns.heads import SomeHeads, some_heads
 from dilated_attention_pytorch.patterns.layouts import (
     axial,
     dilated_sparse,
@@ -24,6 +25,7 @@ __all__ = [
     "Documents",
     "Full",
     "Pattern",
+    "SomeHeads",
     "Window",
     "axial",
     "dilated_sparse",
@@ -34,5 +36,6 @@ __all__ = [
     "longnet",
     "pattern_from_text",
     "random_blocks",
+    "some_heads",
     "strided",
 ]

@@ -47,6 +47,7 @@ class Branch:
     """A product of simple patterns in closed form; a pattern with closed form is a sum of these.
 
     Without a segment length it is one segment that never ends. `documents` is the pattern whose documents restart it.
+    ``of_heads`` is (first, total) where head 0 is head ``first`` of so many, as in a slice of the heads.
     """
 
     segment_length: int | None = None
@@ -56,9 +57,12 @@ class Branch:
     is_causal: bool = False
     window: int | None = None
     documents: Pattern | None = None
+    of_heads: tuple[int, int] | None = None
 
     def offset(self, head: Index, num_heads: int) -> Index:
         """The place of a head's grid: "modulo" is the paper's, "torchscale" that of torchscale's code and weights."""
+        if self.of_heads is not None:
+            head, num_heads = head + self.of_heads[0], self.of_heads[1]
         if self.head_offset == "modulo":
             return head % self.dilation_rate
         return head // -(-num_heads // self.dilation_rate)
@@ -67,10 +71,12 @@ class Branch:
         """First head and one past the last head that run this branch; dealt out, the first groups get one head more."""
         if self.heads is None:
             return 0, num_heads
+        first, total = (0, num_heads) if self.of_heads is None else self.of_heads
         group, groups = self.heads
-        size, extra = divmod(num_heads, groups)
+        size, extra = divmod(total, groups)
         start = group * size + min(group, extra)
-        return start, start + size + (group < extra)
+        end = start + size + (group < extra)
+        return min(max(start - first, 0), num_heads), min(max(end - first, 0), num_heads)
 
     def product(self, other: Branch) -> Branch | None:
         """The branch whose count is the product of both counts, or None when it has no closed form."""

@@ -175,7 +175,8 @@ def branch_tables(layout: Layout, part: Sequence[int]) -> tuple[Table, Table]:
         b = layout.branches[number]
         segment = end if b.segment_length is None else min(b.segment_length, end)
         behind = end if b.window is None else min(b.window - 1, end)
-        rate = min(b.dilation_rate, max(segment, layout.num_heads))  # further on, a segment has one place anyway
+        heads = layout.num_heads if b.of_heads is None else b.of_heads[1]
+        rate = min(b.dilation_rate, max(segment, heads))  # further on, a segment has one place anyway
         rows.append((segment, rate, behind, 0 if b.is_causal else behind))
         first, last = b.head_range(layout.num_heads)
         offsets[first:last, column] = [int(b.offset(h, layout.num_heads)) for h in range(first, last)]
