@@ -57,6 +57,7 @@ class Problem:
     ``key_lengths`` is the number of visible keys of each sample when there is a padding mask, else None.
     ``seed`` is an int64 tensor of one element when ``dropout_p > 0``. ``partial`` says that the problem is a share of a
     larger one (a ring step): results are to be in the accumulate dtype, as merging rounded shares would add up errors.
+    ``of_heads`` is (first, total) where the query heads are a slice of more: dropout draws by a head's number in all.
     """
 
     q: Tensor  # (B, Nq, H, D)
@@ -72,6 +73,7 @@ class Problem:
     seed: Tensor | None = None
     needs_grad: bool = False
     partial: bool = False
+    of_heads: tuple[int, int] | None = None
 
     @property
     def batch(self) -> int:
@@ -92,6 +94,11 @@ class Problem:
     def num_heads(self) -> int:
         """H, query heads."""
         return self.q.shape[2]
+
+    def dropout_rows(self, sample: Tensor, head: Tensor) -> Tensor:
+        """The numbers by which dropout tells samples and heads apart: ``b * H + h`` of all heads; both broadcast."""
+        first, total = (0, self.num_heads) if self.of_heads is None else self.of_heads
+        return sample * total + (head + first)
 
     @property
     def kv_group(self) -> int:

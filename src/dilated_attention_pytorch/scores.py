@@ -45,6 +45,15 @@ class Score(ABC):
     def check(self, num_heads: int) -> None:
         """Raise InvalidInput when the rule does not fit this number of heads."""
 
+    def of_heads(self, first: int, size: int) -> Score:
+        """The rule of ``size`` heads from the first-th on; this one where it is the same for all heads.
+
+        Example:
+            >>> Relative(slopes=torch.tensor([0.5, 0.25, 0.125])).of_heads(1, 2).tables
+            (tensor([0.2500, 0.1250]),)
+        """
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Relative(Score):
@@ -94,6 +103,12 @@ class Relative(Score):
 
     def derivative(self, s: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return s.new_ones(())
+
+    def of_heads(self, first: int, size: int) -> Relative:
+        if self.table is not None and self.table.shape[0] == 1:
+            return self
+        cut = [None if t is None else t[first : first + size] for t in (self.slopes, self.table)]
+        return Relative(slopes=cut[0], table=cut[1])
 
     def check(self, num_heads: int) -> None:
         rows = self.tables[0].shape[0]

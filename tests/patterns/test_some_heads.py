@@ -1,11 +1,24 @@
 """A slice of the heads sees what these heads see of the whole: in counts, closed forms, plans, texts and backends."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from dilated_attention_pytorch import BlockSparse, Causal, Dilated, Documents, InvalidInput, attend, longnet
+from dilated_attention_pytorch import (
+    BlockSparse,
+    Causal,
+    Dilated,
+    Documents,
+    InvalidInput,
+    Relative,
+    Softcap,
+    attend,
+    longnet,
+)
 from dilated_attention_pytorch.attention import backward, forward
+from dilated_attention_pytorch.backends import TritonBackend
 from dilated_attention_pytorch.backends.triton.launches import branch_tables, layout_of
 from dilated_attention_pytorch.compat import TorchscaleCompat
 from dilated_attention_pytorch.patterns import SomeHeads, Window, pattern_from_text, some_heads
@@ -148,6 +161,30 @@ def test_torchscale_zero_keys_of_a_slice():
     y = x[:, :, 1:3]
     assert not torch.allclose(attend(y, y, y, part), expected)
     torch.testing.assert_close(attend(y, y, y, part, compat=compat), expected, rtol=0, atol=1e-13)
+
+
+RULES = {
+    "slopes": Relative(slopes=torch.linspace(0.5, 0.1, HEADS, dtype=torch.float64)),
+    "table": Relative(table=torch.randn(HEADS, 9, generator=torch.Generator().manual_seed(4), dtype=torch.float64)),
+    "shared_table": Relative(table=torch.arange(9.0, dtype=torch.float64).view(1, 9)),
+    "softcap": Softcap(0.7),
+}
+
+
+@pytest.mark.parametrize("name", [*RULES, None])
+def test_score_rules_and_dropout_of_a_slice(name):
+    score = None if name is None else RULES[name]
+    whole = replace(problem(HEADS), score=score, dropout_p=0.4, seed=torch.tensor([7]))
+    out, lse = forward(whole, Causal())
+    q, k, v = (x[:, :, 2:5] for x in (whole.q, whole.k, whole.v))
+    cut = None if score is None else score.of_heads(2, 3)
+    part = replace(whole, q=q, k=k, v=v, score=cut, of_heads=(2, HEADS))
+    got_out, got_lse = forward(part, Causal())
+    torch.testing.assert_close(got_out, out[:, :, 2:5], rtol=0, atol=1e-13)
+    torch.testing.assert_close(got_lse, lse[:, 2:5], rtol=0, atol=1e-13)
+    assert not torch.allclose(forward(replace(part, of_heads=None), Causal())[0], got_out)
+    plan = candidate_plans(Causal(), part)[0]
+    assert any("slice of heads" in reason for reason in TritonBackend().reasons_against(part, plan))
 
 
 def test_heads_that_do_not_exist_are_refused():

@@ -159,7 +159,7 @@ def _chunk(
         logits = logits + p.bias.expand(full)[samples, heads, rows].to(dtype)
     if p.dropout_p > 0:
         assert p.seed is not None
-        row = torch.arange(samples.start, samples.stop, device=device).view(-1, 1, 1, 1) * p.num_heads + head
+        row = p.dropout_rows(torch.arange(samples.start, samples.stop, device=device).view(-1, 1, 1, 1), head)
         keep = dropout_factors(p.seed, p.dropout_p, row, i, k_positions, dtype)
     logits = torch.where(counts > 0, logits + counts.to(dtype).log(), -torch.inf)
     return _Chunk(samples, kv_head, heads, rows, q, raw, logits, derivative, keep)

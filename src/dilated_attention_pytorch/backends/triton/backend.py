@@ -70,6 +70,8 @@ class TritonBackend(Backend):
             reasons.append(
                 "the kernels take no bias tensor; use backend='dense', or score=Relative for a bias of i - j"
             )
+        if p.dropout_p > 0 and p.of_heads is not None:
+            reasons.append("the kernels number the heads of dropout from 0; use backend='dense' for a slice of heads")
         if p.score is not None and not isinstance(p.score, Relative):
             reasons.append(f"the kernels have no score rule {type(p.score).__name__}; use backend='dense'")
         last = max((run.start + run.step * run.length for run in (*p.query_positions, *p.key_positions)), default=0)
