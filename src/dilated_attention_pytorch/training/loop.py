@@ -1,5 +1,9 @@
-"""The training loop: a fixed number of steps over windows of bytes, stopped and continued without a trace."""
+"""The training loop: a fixed number of steps over windows of bytes, stopped and continued without a trace.
 
+Several processes go through the same steps: each computes its share of the batch, and all see the same loss.
+"""
+
+import contextlib
 import dataclasses
 import json
 import logging
@@ -10,11 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.problem import accumulate_dtype
 from dilated_attention_pytorch.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from dilated_attention_pytorch.training.data import Bytes, Windows
+from dilated_attention_pytorch.training.ranks import ALONE, Ranks
 from dilated_attention_pytorch.training.run import Run
 from dilated_attention_pytorch.training.settings import TrainingSettings, learning_rate_at
 
@@ -54,11 +61,21 @@ def adamw(model: torch.nn.Module, settings: TrainingSettings) -> torch.optim.Ada
     )
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What learns: `model` holds the parameters (or this rank's share), `called` computes with them."""
+
+    model: torch.nn.Module
+    called: torch.nn.Module
+    optimizer: torch.optim.AdamW
+
+
 def train(
     model: torch.nn.Module,
     run: Run,
     on_step: Callable[[Step], None] = lambda step: None,
     stop_requested: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> int:
     """`model` is trained until the last step of the run's settings, or until `stop_requested`; gives the steps done.
 
@@ -66,23 +83,30 @@ def train(
     there is one; a checkpoint is written every `checkpoint_every` steps and at the end. The global random state is
     left as it was. Raises InvalidInput for a damaged checkpoint, FloatingPointError when the loss is no longer
     finite.
+
+    Several `ranks` all call it with equal models, which are changed to hold their shares. The first writes files; all
+    see the same steps, and stop when one is asked to. Each draws dropout of hidden rows from a generator of its own,
+    so with it the numbers depend on how many there are.
     """
     device = check_device(run.settings)
     model.to(device).train()
-    optimizer = adamw(model, run.settings)
-    with run.locked(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    called = ranks.share(model, run.settings)
+    learner = Learner(model, called, adamw(model, run.settings))
+    with contextlib.ExitStack() as held:
+        held.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        ranks.on_first(lambda: held.enter_context(run.locked()))
         progress = Progress(0, 0.0)
         if run.checkpoint.exists():
-            progress = load_checkpoint(run.checkpoint, model, optimizer)
+            progress = load_checkpoint(run.checkpoint, model, learner.optimizer)
             if progress.step > run.settings.steps:
                 raise InvalidInput(
                     f"{run.checkpoint} is at step {progress.step}, past the {run.settings.steps} of its run"
                 )
             log.info("continuing %s after step %d", run.path, progress.step)
         else:
-            torch.manual_seed(run.settings.seed)
-        run.keep_metrics(progress.step)
-        return _steps(model, optimizer, run, progress, on_step, stop_requested)
+            torch.manual_seed(run.settings.seed + ranks.rank)
+        ranks.on_first(lambda: run.keep_metrics(progress.step))
+        return _steps(learner, run, ranks, progress, on_step, stop_requested)
 
 
 def batch_at(step: int, run: Run) -> Bytes:
@@ -94,9 +118,9 @@ def batch_at(step: int, run: Run) -> Bytes:
 
 
 def _steps(
-    model: torch.nn.Module,
-    optimizer: torch.optim.AdamW,
+    learner: Learner,
     run: Run,
+    ranks: Ranks,
     progress: Progress,
     on_step: Callable[[Step], None],
     stop_requested: Callable[[], bool],
@@ -104,12 +128,12 @@ def _steps(
     settings = run.settings
     step, seconds = progress.step, progress.seconds
     saved = step
-    with run.metrics.open("a") as metrics:
-        while step < settings.steps and not stop_requested():
+    with run.metrics.open("a") if ranks.is_first else contextlib.nullcontext() as metrics:
+        while step < settings.steps and not ranks.any(stop_requested()):
             began = time.perf_counter()
             batch = torch.from_numpy(batch_at(step, run)).long()
             rate = learning_rate_at(step, settings)
-            bits, norm = _update(model, optimizer, batch.to(next(model.parameters()).device), rate, settings)
+            bits, norm = _update(learner, batch, rate, settings, ranks)
             if not math.isfinite(bits) or not math.isfinite(norm):
                 raise FloatingPointError(
                     f"the loss is not finite at step {step + 1} (loss {bits}, gradient norm {norm}); start a new run "
@@ -120,37 +144,49 @@ def _steps(
             seconds += spent
             speed = settings.batch_size * settings.window_at(step - 1) / spent
             line = Step(step, bits, rate, norm, speed, seconds)
-            metrics.write(json.dumps(dataclasses.asdict(line)) + "\n")
-            metrics.flush()
+            if metrics is not None:
+                metrics.write(json.dumps(dataclasses.asdict(line)) + "\n")
+                metrics.flush()
             if step % settings.checkpoint_every == 0 or step == settings.steps:
-                os.fsync(metrics.fileno())
-                save_checkpoint(run.checkpoint, model, optimizer, Progress(step, seconds))
+                if metrics is not None:
+                    os.fsync(metrics.fileno())
+                save_checkpoint(run.checkpoint, learner.model, learner.optimizer, Progress(step, seconds))
                 saved = step
             on_step(line)
         if saved < step:
-            save_checkpoint(run.checkpoint, model, optimizer, Progress(step, seconds))
+            save_checkpoint(run.checkpoint, learner.model, learner.optimizer, Progress(step, seconds))
     return step
 
 
 def _update(
-    model: torch.nn.Module,
-    optimizer: torch.optim.AdamW,
-    batch: torch.Tensor,
-    rate: float,
-    settings: TrainingSettings,
+    learner: Learner, batch: torch.Tensor, rate: float, settings: TrainingSettings, ranks: Ranks
 ) -> tuple[float, float]:
     """One step of the optimizer on `batch` (B, N + 1); gives the loss in bits per byte and the gradient's norm.
 
-    A loss or gradient that is not finite is not applied.
+    Both are of the whole batch, whatever each rank's share. A loss or gradient that is not finite is not applied.
     """
-    for group in optimizer.param_groups:
+    for group in learner.optimizer.param_groups:
         group["lr"] = rate
-    with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bf16"):
-        logits = model(batch[:, :-1])
-    loss = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+    learner.optimizer.zero_grad(set_to_none=True)
+    loss = _backward(learner.called, batch, settings, ranks)
+    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), settings.clip_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if torch.isfinite(norm):
-        optimizer.step()
-    return loss.item() / math.log(2), norm.item()
+        learner.optimizer.step()
+    return ranks.total(loss).item() / math.log(2), norm.item()
+
+
+def _backward(called: torch.nn.Module, batch: torch.Tensor, settings: TrainingSettings, ranks: Ranks) -> torch.Tensor:
+    """This rank's share of the batch's mean loss in nats, whose gradients are added up.
+
+    Shares may differ in length, so each is a sum over its own targets divided by the number of all.
+    """
+    device = next(called.parameters()).device
+    tokens, labels = (x.to(device) for x in ranks.deal(batch))
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bf16"):
+        logits = called(tokens)
+    logits = logits.to(accumulate_dtype(logits.dtype)).flatten(0, 1)
+    share = functional.cross_entropy(logits, labels.flatten(), reduction="sum") / batch[:, 1:].numel()
+    (share * ranks.size).backward()  # type: ignore[no-untyped-call]  # ranks' gradients are averaged
+    return share.detach()

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.parallel.layouts import LAYOUTS
+
+PARALLEL = ("fsdp", "ddp")
+COMPRESSIONS = ("none", "fp16", "bf16", "powersgd")
+SHARING = frozenset({"context_parallel", "layout", "parallel", "gradient_compression"})
+"""The settings that say how several processes share the work."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,12 @@ class TrainingSettings:
     The first `short_share` of the steps read windows of `short_window` bytes, which gives more steps per byte;
     the others read `window`, so that every context up to it has been trained. `checkpoint_every` counts steps.
     `threads` is the number of CPU threads that the run was started with: results are equal to the last bit only with
-    the same number. Raises InvalidInput for values that cannot work.
+    the same number.
+
+    The last four say how several processes share the work, and change last bits only (compression more): every
+    sequence is dealt in `layout` over `context_parallel` of them, the batch over the others; `parallel` is "fsdp"
+    (parameters are sharded) or "ddp" (each process has all of them), and `gradient_compression` what "ddp" sends.
+    Raises InvalidInput for values that cannot work.
 
     >>> TrainingSettings(steps=0)
     Traceback (most recent call last):
@@ -37,10 +48,22 @@ class TrainingSettings:
     device: str = "cpu"
     threads: int = 1
     checkpoint_every: int = 50
+    context_parallel: int = 1
+    layout: str = "contiguous"
+    parallel: str = "fsdp"
+    gradient_compression: str = "none"
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name in ("steps", "window", "short_window", "batch_size", "threads", "checkpoint_every"):
+        for name in (
+            "steps",
+            "window",
+            "short_window",
+            "batch_size",
+            "threads",
+            "checkpoint_every",
+            "context_parallel",
+        ):
             self._integer(name, 1)
         for name in ("seed", "warmup_steps"):
             self._integer(name, 0)
@@ -66,6 +89,7 @@ class TrainingSettings:
             raise InvalidInput(f"autocast must be 'none' or 'bf16', got {self.autocast!r}")
         if self.device not in ("cpu", "cuda"):
             raise InvalidInput(f"device must be 'cpu' or 'cuda', got {self.device!r}")
+        self._check_sharing()
 
     @property
     def short_steps(self) -> int:
@@ -85,6 +109,28 @@ class TrainingSettings:
         short = min(step, self.short_steps)
         return self.batch_size * (short * self.short_window + (step - short) * self.window)
 
+    def _check_sharing(self) -> None:
+        """Check how processes share the work."""
+        for name, known in (("layout", LAYOUTS), ("parallel", PARALLEL), ("gradient_compression", COMPRESSIONS)):
+            if getattr(self, name) not in known:
+                words = ", ".join(map(repr, known))
+                raise InvalidInput(f"{name} must be one of {words}, got {getattr(self, name)!r}")
+        if self.layout != LAYOUTS[0] and self.context_parallel == 1:
+            raise InvalidInput(
+                f"layout {self.layout!r} says how a sequence is dealt over several processes, but context_parallel is "
+                "1; set that too, or leave the layout out"
+            )
+        if self.gradient_compression != "none" and self.parallel != "ddp":
+            raise InvalidInput(
+                f"gradient_compression {self.gradient_compression!r} is a communication hook of "
+                "DistributedDataParallel, and fully_shard has none; add --parallel ddp, or leave the compression out"
+            )
+        if self.gradient_compression == "bf16" and self.device == "cpu":
+            raise InvalidInput(
+                "gradient_compression 'bf16': PyTorch's hook sums in bf16 on NCCL alone, and the device is cpu; use "
+                "'fp16', or --device cuda"
+            )
+
     def _integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -92,9 +138,12 @@ class TrainingSettings:
 
     @classmethod
     def from_dict(cls, values: Any) -> "TrainingSettings":
-        """The settings that `dataclasses.asdict` gave. Raises InvalidInput for names that are missing or unknown."""
+        """The settings that `dataclasses.asdict` gave. Raises InvalidInput for names that are missing or unknown.
+
+        Runs from before several processes could train have none of those settings, and get the defaults.
+        """
         names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
+        if not isinstance(values, dict) or not names - SHARING <= set(values) <= names:
             raise InvalidInput(f"settings must name exactly {sorted(names)}, got {values!r:.200}")
         return cls(**values)
 
