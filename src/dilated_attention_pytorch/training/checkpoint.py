@@ -30,49 +30,85 @@ class Progress:
 
 def save_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW, progress: Progress) -> None:
     """`path` holds the whole state of the run; until it does, the earlier checkpoint stays."""
-    tensors = _like(model)
-    for name, parameter in model.named_parameters():
-        for quantity, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{quantity}.{name}"] = value
+    tensors = state_of(model, optimizer) | random_state(next(model.parameters()).device)
     stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {"format": FORMAT, "progress": json.dumps({"step": progress.step, "seconds": progress.seconds})}
     write_whole(path, save(stored, metadata=metadata))
 
 
-def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW) -> Progress:
+def load_checkpoint(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW, continue_random: bool = True
+) -> Progress:
     """Model, optimizer and random generators stand where the checkpoint left them.
 
-    Everything is read and checked before anything is changed. Raises InvalidInput, naming the file, when the file is
-    missing, truncated, no checkpoint, or one of another model.
+    Everything is read and checked before anything is changed. A model whose parameters are sharded takes its share of
+    each tensor. With `continue_random` false the generators are left alone. Raises InvalidInput, naming the file, when
+    the file is missing, truncated, no checkpoint, or one of another model.
     """
     device = next(model.parameters()).device
-    progress, tensors = _read(path, _like(model))
+    progress, tensors = _read(path, state_of(model) | random_state(device))
     if progress.step == 0:
         raise InvalidInput(f"{path} is damaged: a checkpoint is written after at least one step")
+    if continue_random:
+        set_random_state(path, tensors, device)
+    set_state(model, optimizer, tensors)
+    return progress
+
+
+def state_of(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of model and optimizer by its name in a checkpoint; zeros for moments that do not exist yet.
+
+    Parameters that are sharded over ranks come as the DTensors that they are, and their moments too.
+    """
+    tensors = {f"model.{name}": value for name, value in _weights(model).items()}
+    for name, parameter in model.named_parameters():
+        known = {} if optimizer is None else optimizer.state.get(parameter, {})
+        for quantity in QUANTITIES:
+            if quantity not in known:
+                known = known | {quantity: torch.zeros(()) if quantity == "step" else torch.zeros_like(parameter)}
+            tensors[f"optimizer.{quantity}.{name}"] = known[quantity]
+    return tensors
+
+
+def set_state(model: torch.nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, torch.Tensor]) -> None:
+    """Model and optimizer hold `tensors`, which have the names, shapes and dtypes of `state_of`."""
+    with torch.no_grad():
+        for name, weight in _weights(model).items():
+            weight.copy_(_placed(tensors[f"model.{name}"], weight))
+        for name, parameter in model.named_parameters():
+            state = {quantity: tensors[f"optimizer.{quantity}.{name}"] for quantity in QUANTITIES}
+            placed = {q: value if q == "step" else _placed(value, parameter) for q, value in state.items()}
+            optimizer.state[parameter] = placed
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of this process's random generators, by their names in a checkpoint."""
+    state = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(path: Path, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    """This process's random generators continue from `tensors`. Raises InvalidInput, naming `path`, for damaged
+    ones."""
     try:
         torch.set_rng_state(tensors["random.cpu"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], device)
     except RuntimeError as error:
         raise InvalidInput(f"{path} is damaged: its random state is not one ({error})") from error
-    with torch.no_grad():
-        for name, weight in _weights(model).items():
-            weight.copy_(tensors[f"model.{name}"])
-    for name, parameter in model.named_parameters():
-        state = {quantity: tensors[f"optimizer.{quantity}.{name}"] for quantity in QUANTITIES}
-        on_device = {q: value if q == "step" else value.to(device) for q, value in state.items()}
-        optimizer.state[parameter] = on_device
-    return progress
 
 
-def _like(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint of `model`, with an optimizer that has not moved yet."""
-    tensors = {f"model.{name}": value for name, value in _weights(model).items()}
-    for name, parameter in model.named_parameters():
-        for quantity in QUANTITIES:
-            like = torch.zeros(()) if quantity == "step" else torch.zeros_like(parameter)
-            tensors[f"optimizer.{quantity}.{name}"] = like
-    return tensors | _random_state(next(model.parameters()).device)
+def _placed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`value` on the device of `like`; this rank's shard of it where `like` is sharded."""
+    value = value.to(like.device)
+    if not hasattr(like, "device_mesh") or hasattr(value, "device_mesh"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor  # most of a second that one process does not need
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # nothing is sent
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -80,13 +116,6 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return parameters | {name: value for name, value in model.state_dict().items() if name not in tied}
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["random.cuda"] = torch.cuda.get_rng_state(device)
-    return state
 
 
 def _read(path: Path, expected: dict[str, torch.Tensor]) -> tuple[Progress, dict[str, torch.Tensor]]:
@@ -113,12 +142,13 @@ def _read(path: Path, expected: dict[str, torch.Tensor]) -> tuple[Progress, dict
     for name, like in expected.items():
         if tensors[name].dtype != like.dtype:
             raise InvalidInput(f"{path}: {name} must be {like.dtype}, got {tensors[name].dtype}")
-    return _progress(path, metadata), tensors
+    return read_progress(path, metadata.get("progress", "")), tensors
 
 
-def _progress(path: Path, metadata: dict[str, str]) -> Progress:
+def read_progress(path: Path, text: str) -> Progress:
+    """How far the run had come, of the JSON in a checkpoint. Raises InvalidInput, naming `path`, for another text."""
     try:
-        values = json.loads(metadata.get("progress", ""))
+        values = json.loads(text)
         step, seconds = values["step"], values["seconds"]
         if type(step) is int and step >= 0 and isinstance(seconds, (int, float)) and 0 <= seconds < 1e12:
             return Progress(step, float(seconds))
