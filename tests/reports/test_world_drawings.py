@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dilated_attention_pytorch import Causal, Full, longnet
 from dilated_attention_pytorch.parallel.layouts import LAYOUTS, Layout
@@ -31,9 +30,9 @@ def test_each_row_has_the_rank_that_holds_it():
 
 def test_work_is_the_pairs_of_a_rank_over_the_mean():
     shares = work_shares(Causal(), Layout("contiguous", 4, 2), num_heads=3)
-    assert shares.tolist() == [2 * 3 / 10, 2 * 7 / 10]  # 1 + 2 and 3 + 4 of 10 pairs
+    assert shares == [2 * 3 / 10, 2 * 7 / 10]  # 1 + 2 and 3 + 4 of 10 pairs
     for name in LAYOUTS:
-        assert work_shares(Full(), Layout(name, 12, 3)).tolist() == [1, 1, 1]
+        assert work_shares(Full(), Layout(name, 12, 3)) == [1, 1, 1]
 
 
 def test_keys_that_arrive_are_those_of_the_method():
@@ -65,5 +64,5 @@ def test_stored_figures_are_drawn_anew(name, figure, tmp_path):
 def test_work_in_zigzag_is_even_where_contiguous_is_not():
     pattern = longnet([8, 24, 48], [1, 2, 4]) & Causal()
     contiguous, zigzag = (work_shares(pattern, Layout(name, 48, 4), 4) for name in ("contiguous", "zigzag"))
-    assert float(contiguous.max()) > 1.3
-    assert torch.allclose(zigzag, torch.ones(4, dtype=torch.float64), atol=0.02)
+    assert max(contiguous) > 1.3
+    assert max(zigzag) < 1.02

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.parallel.costs import planned_world, rank_work
 from dilated_attention_pytorch.parallel.layouts import LAYOUTS, Layout
 from dilated_attention_pytorch.patterns import Causal, Pattern, longnet
-from dilated_attention_pytorch.problem import positions_tensor
+from dilated_attention_pytorch.problem import make_problem, positions_tensor
 from dilated_attention_pytorch.reports.figures import COLOURS, INK, LINE, SOFT, check_matplotlib
 
 TOKENS, WORLD, HEADS = 48, 4, 4
@@ -33,16 +34,17 @@ def ranks_of_rows(layout: Layout) -> Tensor:
     return ranks
 
 
-def work_shares(pattern: Pattern, layout: Layout, num_heads: int = 1) -> Tensor:
-    """Pairs that each rank's queries count, over the mean of the ranks: float64 (W,). Looks at every pair.
+def work_shares(pattern: Pattern, layout: Layout, num_heads: int = 1) -> list[float]:
+    """The work of each rank over the mean.
 
     Example:
-        >>> work_shares(Causal(), Layout("zigzag", 8, 2))
-        tensor([1., 1.], dtype=torch.float64)
+        >>> work_shares(Causal(), Layout("contiguous", 4, 2))
+        [0.6, 1.4]
     """
-    pairs = pattern.to_mask(num_heads, layout.length).sum((0, 2))
-    by_rank = torch.zeros(layout.world, dtype=torch.float64).index_add_(0, ranks_of_rows(layout), pairs.double())
-    return by_rank / by_rank.mean()
+    x = torch.empty(1, layout.length, num_heads, 1, device="meta")
+    problem = make_problem(x, x, x, scale=1.0, query_start=0)
+    work = rank_work(problem, pattern, planned_world(problem, layout.name, layout.world))
+    return [pairs * layout.world / work.total for pairs in work.pairs]
 
 
 def keys_of_rank(pattern: Pattern, layout: Layout, rank: int, method: str, num_heads: int) -> Tensor:
@@ -101,8 +103,8 @@ def _pairs_by_rank(pattern: Pattern, layout: Layout) -> Tensor:
     return seen * (1 + ranks_of_rows(layout)).view(-1, 1)
 
 
-def _shares_text(shares: Tensor) -> str:
-    return "work " + "  ".join(f"{share:.2f}" for share in shares.tolist())
+def _shares_text(shares: Sequence[float]) -> str:
+    return "work " + "  ".join(f"{share:.2f}" for share in shares)
 
 
 def _draw(
