@@ -47,12 +47,20 @@ def load_checkpoint(
     """
     device = next(model.parameters()).device
     progress, tensors = _read(path, state_of(model) | random_state(device))
-    if progress.step == 0:
-        raise InvalidInput(f"{path} is damaged: a checkpoint is written after at least one step")
     if continue_random:
         set_random_state(path, tensors, device)
     set_state(model, optimizer, tensors)
     return progress
+
+
+def checkpoint_progress(path: Path) -> Progress:
+    """How far the run had come when it wrote `path`. Raises InvalidInput, naming the file, as `load_checkpoint`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InvalidInput(f"{path} is truncated or damaged: {error}") from error
+    return _checked_progress(path, metadata)
 
 
 def state_of(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> dict[str, torch.Tensor]:
@@ -126,9 +134,7 @@ def _read(path: Path, expected: dict[str, torch.Tensor]) -> tuple[Progress, dict
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             names = set(file.keys())
-            if metadata.get("format") != FORMAT:
-                found = metadata.get("format")
-                raise InvalidInput(f"{path}: expected a file of format {FORMAT!r}, got {found!r:.80}")
+            progress = _checked_progress(path, metadata)
             if names != set(expected):
                 odd = sorted(names ^ set(expected))[:3]
                 raise InvalidInput(f"{path} belongs to another model; first names that differ: {odd}")
@@ -142,7 +148,16 @@ def _read(path: Path, expected: dict[str, torch.Tensor]) -> tuple[Progress, dict
     for name, like in expected.items():
         if tensors[name].dtype != like.dtype:
             raise InvalidInput(f"{path}: {name} must be {like.dtype}, got {tensors[name].dtype}")
-    return read_progress(path, metadata.get("progress", "")), tensors
+    return progress, tensors
+
+
+def _checked_progress(path: Path, metadata: dict[str, str]) -> Progress:
+    if metadata.get("format") != FORMAT:
+        raise InvalidInput(f"{path}: expected a file of format {FORMAT!r}, got {metadata.get('format')!r:.80}")
+    progress = read_progress(path, metadata.get("progress", ""))
+    if progress.step == 0:
+        raise InvalidInput(f"{path} is damaged: a checkpoint is written after at least one step")
+    return progress
 
 
 def read_progress(path: Path, text: str) -> Progress:

@@ -2,7 +2,8 @@
 
 training.json           settings, model, text, versions, device: written last at the start, so it marks a whole folder
 text/                   the bytes trained on and held out
-checkpoint.safetensors  the training state, see checkpoint.py
+checkpoint.safetensors  the training state as one process writes it, see checkpoint.py
+checkpoints/            the training state as several processes write it, see sharded.py
 metrics.jsonl           one line per step
 model.safetensors, config.json   the model, for LongNetLM.from_pretrained
 evaluation.json, continuation.txt, loss.png, context.png, report.html
@@ -96,8 +97,13 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """The file of the training state."""
+        """The file of the training state that one process writes."""
         return self.path / "checkpoint.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the training states that several processes write."""
+        return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:

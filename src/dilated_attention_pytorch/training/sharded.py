@@ -11,7 +11,6 @@ The folder must be one that all ranks see.
 """
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -46,7 +45,6 @@ FORMAT = "dilated-attention-pytorch sharded checkpoint 1"
 COMPLETE = "complete.json"
 UNFINISHED = ".unfinished"
 KEPT = 2  # whole checkpoints: the newest, and one before it should that be damaged
-log = logging.getLogger("dilated_attention_pytorch")
 
 
 def start_saving(
@@ -86,7 +84,7 @@ def load_sharded(
     """
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     device = next(model.parameters()).device
-    progress, saved_by = _read_complete(path)
+    progress, saved_by = read_complete(path)
     tensors = {name: torch.empty_like(value).detach() for name, value in state_of(model).items()}
     mine = random_state(device) if size == saved_by else {}
     wanted = tensors | {f"{name}.{rank}": value for name, value in mine.items()}
@@ -103,23 +101,22 @@ def load_sharded(
     return progress, bool(mine)
 
 
-def whole_checkpoints(folder: Path) -> list[tuple[Path, Progress]]:
-    """The whole checkpoints below `folder`, the newest first; a log line says which one is damaged and left out."""
-    found = []
-    for path in sorted(_named(folder), reverse=True):
-        try:
-            found.append((path, _read_complete(path)[0]))
-        except InvalidInput as error:
-            log.warning("%s; left out", error)
-    return found
+def finish_saving(saving: "Future[object]") -> None:
+    """What `start_saving` began is a whole checkpoint. Raises OSError, on every rank, when a rank could not write."""
+    try:
+        saving.result()
+    except CheckpointException as error:
+        rank, (failure, _) = next(iter(error.failures.items()))
+        raise OSError(f"rank {rank} could not write a checkpoint: {failure}") from error
 
 
-def _named(folder: Path) -> list[Path]:
-    """The folders that have the name of a whole checkpoint."""
-    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+def sharded_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, the newest first, whole or damaged since; not those that were cut off."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _read_complete(path: Path) -> tuple[Progress, int]:
+def read_complete(path: Path) -> tuple[Progress, int]:
     """How far the run had come, and how many ranks saved it. Raises InvalidInput unless every file has its size."""
     file = path / COMPLETE
     if not file.is_file():
@@ -165,10 +162,21 @@ class _Writer(HuggingFaceStorageWriter):
             _remove(self._whole)
         os.rename(self._unfinished, self._whole)
         sync_folder(self._whole.parent)
-        for path, _ in whole_checkpoints(self._whole.parent)[KEPT:]:
-            _remove(path)
+        whole = 0
+        for path in sharded_checkpoints(self._whole.parent):
+            if whole == KEPT:
+                _remove(path)
+            whole += _is_whole(path)
         for path in self._whole.parent.glob(f"step-*{UNFINISHED}"):
             _remove(path)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_complete(path)
+    except InvalidInput:
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:
