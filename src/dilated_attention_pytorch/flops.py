@@ -52,8 +52,7 @@ def counted_pairs(pattern: Pattern, problem: Problem, plans: Sequence[Plan] = ()
     if every <= EXACT_PAIRS and not _is_shape_only(p.q):
         return int(DensePlan(pattern).expand(p).sum()), True
     known = (plans or candidate_plans(pattern, p)) if pattern.tables else ()
-    tiled = (plan.tiles if isinstance(plan, OrderedPlan) else plan for plan in known)
-    tiles = next((plan for plan in tiled if isinstance(plan, TilePlan)), None)
+    tiles = next((plan for plan in known if isinstance(plan, OrderedPlan | TilePlan)), None)
     return (every, False) if tiles is None else (tiles.counted_pairs(p), True)
 
 

@@ -12,10 +12,11 @@ from dilated_attention_pytorch.backends import DenseBackend
 from dilated_attention_pytorch.backends.flex import FlexBackend, FlexOptions
 from dilated_attention_pytorch.backends.flex import backend as module
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.patterns import Causal, Documents, Full, Window, longnet
-from dilated_attention_pytorch.plans import TilePlan, orders, tile_plan
+from dilated_attention_pytorch.patterns import BlockSparse, Causal, Documents, Full, Window, longnet
+from dilated_attention_pytorch.plans import TilePlan, candidate_plans, orders, tile_plan
 from dilated_attention_pytorch.plans.orders import OrderedPlan, ordered_plan
 from dilated_attention_pytorch.problem import make_problem
+from dilated_attention_pytorch.selection import SelectedTiles
 from dilated_attention_pytorch.testing import CASES, ContractReport, ContractViolation, contract
 from dilated_attention_pytorch.testing.contract import check_case, check_large_offsets, check_packed, run
 from dilated_attention_pytorch.testing.truth import truth
@@ -169,6 +170,10 @@ def test_limits_of_compiled_kernels_on_a_gpu(monkeypatch):
     assert whys[0] == "Triton is missing; pip install dilated-attention-pytorch[triton]"
     assert whys[1] == "compiled FlexAttention needs head dims of at least 16, got 8; pad them"
     assert len(whys) == 2, "with gradients there"
+    chosen, problem = SelectedTiles(BlockSparse(16, torch.eye(3, dtype=torch.bool)), Full()), problem_of()
+    (plan,) = (p for p in candidate_plans(chosen, problem) if isinstance(p, TilePlan))
+    assert "would join 16 rows with those of another choice, to 128" in FlexBackend().reasons_against(problem, plan)[-1]
+    assert not any("choice" in why for why in BACKEND.reasons_against(problem, plan)), "eager joins nothing"
     monkeypatch.setattr(module, "_kind", lambda problem: "mps")
     assert "not mps" in reasons(BACKEND, problem_of())[0]
     monkeypatch.setattr(module, "TABLE_LIMIT", 10)

@@ -1,5 +1,6 @@
 """Orders of rows: each row stands in them once, counts stay what they are, and dilated patterns become block-dense."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -8,9 +9,17 @@ import torch
 from dilated_attention_pytorch.patterns import BlockSparse, Causal, Dilated, Documents, Full, Window, longnet
 from dilated_attention_pytorch.plans import StridedPlan, TilePlan, candidate_plans, tile_plan
 from dilated_attention_pytorch.plans.base import DensePlan
-from dilated_attention_pytorch.plans.orders import OrderedPlan, RowOrder, ordered_plan, residue_order
+from dilated_attention_pytorch.plans.orders import (
+    OrderedPlan,
+    RowOrder,
+    block_rows,
+    ordered_plan,
+    residue_order,
+    rows_apart,
+)
 from dilated_attention_pytorch.plans.tiles import visited_tiles
 from dilated_attention_pytorch.problem import Problem, Run, make_problem, positions_tensor
+from dilated_attention_pytorch.selection import DilatedBlocks
 from dilated_attention_pytorch.testing.cases import CASES, random_case
 
 
@@ -130,3 +139,37 @@ def test_chosen_blocks_do_not_decide_on_the_order(pattern):
         order = residue_order(BlockSparse(16, layout) & (pattern & Causal()), problem_of(512), (16, 16))
         found.add(None if order is None else (order.queries, order.keys))
     assert len(found) == 1
+
+
+def test_rows_that_fill_tiles_repeat_the_row_before_them_and_are_left_out():
+    problem = problem_of(12, 30, start=0)
+    problem = replace(problem, query_positions=(Run(5, 1, 7), Run(20, 2, 5)))
+    runs = rows_apart(problem.query_positions, 8, 4)
+    assert runs == (Run(0, 1, 3), Run(2, 0, 1), Run(3, 1, 6), Run(8, 0, 2), Run(9, 1, 3))
+    order = RowOrder.of(runs, (Run(0, 1, 30),), "cpu")
+    moved = order.applied(problem)
+    at = [5, 6, 7, 7, 8, 9, 10, 11, 20, 22, 22, 22, 24, 26, 28]
+    assert positions_tensor(moved.query_positions).tolist() == at
+    assert moved.k is problem.k, "keys stay where they are, uncopied"
+    assert torch.equal(order.restored_queries(moved.q, 1), problem.q)
+    gradients = order.ordered_gradients(problem.q, 1)
+    assert [i for i, row in enumerate(gradients[0, :, 0]) if bool((row == 0).all())] == [3, 10, 11]
+    assert torch.equal(order.restored_queries(gradients, 1), problem.q)
+    assert rows_apart((Run(8, 1, 30),), 8, 4) is None, "tiles end where blocks do"
+    assert rows_apart((Run(9, 1, 6),), 8, 4) is None, "one block"
+    assert block_rows(problem.query_positions, 8).tolist() == [3, 4, 2, 3]
+
+
+def test_of_rows_in_several_runs_only_keys_in_one_are_moved():
+    """Where a choice names the classes of its keys, the rows of a shard may stand anywhere."""
+    pattern = DilatedBlocks(16, 256, torch.tensor([[1, 2, 4, 2]]), 4) & Causal()
+    problem = problem_of(40, 64)
+    problem = replace(problem, query_positions=(Run(3, 1, 20), Run(40, 1, 20)))
+    (plan,) = (p for p in candidate_plans(pattern, problem) if not isinstance(p, DensePlan))
+    assert isinstance(plan, OrderedPlan)
+    assert plan.order.moves_keys
+    assert plan.kind == "OrderedPlan"
+    assert plan.describe(problem).endswith("rows by residue, chosen blocks apart")
+    expected = DensePlan(pattern).expand(problem)
+    assert torch.equal(plan.expand(problem), expected)
+    assert plan.counted_pairs(problem) == int(expected.sum())

@@ -12,7 +12,9 @@ from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.explanation import explain
 from dilated_attention_pytorch.patterns import BlockSparse, Causal, Dilated, Documents, Full, Window
 from dilated_attention_pytorch.patterns.base import pattern_from_text
+from dilated_attention_pytorch.plans import DensePlan, OrderedPlan, candidate_plans
 from dilated_attention_pytorch.plans.planner import tile_size
+from dilated_attention_pytorch.problem import positions_tensor
 from dilated_attention_pytorch.reference import reference_attention
 from dilated_attention_pytorch.selection import (
     Antidiagonal,
@@ -77,28 +79,63 @@ def test_causal_stays_causal_bit_for_bit(name, score):
                 assert torch.equal(out[:, : i + 1], outs[n % len(again)][:, : i + 1])
 
 
+EVEN = [(500, 0, 128), (500, 64, 128), (450, 0, 96), (500, 0, 64)]
+ODD = [(700, 50, 128), (300, 700, 96), (60, 980, 128), (520, 1, 100), (500, 0, 24)]
+"""Queries, their start and blocks: tiles of at least 16 rows end where blocks do, and do not."""
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "native"])
-@pytest.mark.parametrize(("queries", "start", "block"), [(500, 0, 128), (500, 64, 128), (450, 0, 96), (500, 0, 64)])
+@pytest.mark.parametrize(("queries", "start", "block"), EVEN + ODD)
 def test_rows_are_summed_alike_whatever_later_blocks_chose(queries, start, block, backend):
     """Law 5 where tables of tiles are walked: a tile must not hold rows of two choices."""
-    q, k = torch.randn(1, queries, 2, 32), torch.randn(1, queries + start, 2, 32)
-    selector = Selector(MeanPooled(), TopBlocks(), block, sink_blocks=0)
+    q, k = torch.randn(1, queries, 4, 16), torch.randn(1, queries + start, 4, 16)
+    selector = Selector(MeanPooled(), TopBlocks(), block)
     selected = selector(q, k, 3, Causal())
-    out = attend(q, k, k, selected, backend=backend)
-    for row in range(2 * block - start % block, queries - block, block):  # the first row of a block
-        later_q = q.clone()
-        later_q[:, row:] *= -1.0  # the block after the one of this row chooses otherwise
-        again = selector(later_q, k, 3, Causal())
-        assert not torch.equal(again.layout, selected.layout)
-        assert torch.equal(attend(later_q, k, k, again, backend=backend)[:, :row], out[:, :row])
+    out, lse = attend(q, k, k, selected, backend=backend, return_lse=True)
+    inside = [r for r in range(1, queries) if (start + r) % block in (0, block // 2, block - 5)]
+    changed = [r for r in inside if start + r > 2 * block]
+    different = 0
+    for row in changed[-12:]:
+        later_q, later_k = q.clone(), k.clone()
+        later_q[:, row:] *= -1.0  # later blocks choose otherwise
+        later_k[:, start + row :] *= -1.0
+        again = selector(later_q, later_k, 3, Causal())
+        different += not torch.equal(again.layout, selected.layout)
+        other, other_lse = attend(later_q, later_k, later_k, again, backend=backend, return_lse=True)
+        assert torch.equal(other[:, :row], out[:, :row])
+        assert torch.equal(other_lse[..., :row], lse[..., :row])
+    assert different > 0
+
+
+@pytest.mark.parametrize(("queries", "start", "block"), EVEN + ODD)
+def test_blocks_chosen_apart_share_no_tile(queries, start, block):
+    q, k = torch.zeros(1, queries, 2, 8), torch.zeros(1, queries + start, 2, 8)
+    rows = -(-(queries + start) // block)
+    layout = torch.rand(rows, rows, generator=torch.Generator().manual_seed(0)) < 0.3
+    selected = SelectedTiles(BlockSparse(block, layout), Causal())
+    problem = blocks_problem(q, k, selected)
+    plans = candidate_plans(selected, problem, tiles=True)
+    tables = [plan for plan in plans if not isinstance(plan, DensePlan)]
+    assert len(tables) == 1, "one order of rows, whatever was chosen"
+    (plan,) = tables
+    assert isinstance(plan, OrderedPlan) == ((queries, start, block) in ODD)
+    assert plan.kind == "TilePlan", "as which it was measured"
+    expected = DensePlan(selected).expand(problem)
+    assert torch.equal(plan.expand(problem), expected)
+    assert plan.counted_pairs(problem) == int(expected.sum())
+    tiles, placed = (plan.tiles, plan.order.applied(problem)) if isinstance(plan, OrderedPlan) else (plan, problem)
+    at = positions_tensor(placed.query_positions) // block
+    for first in range(0, len(at), tiles.block_size[0]):
+        assert len(at[first : first + tiles.block_size[0]].unique()) == 1
+    assert len(at) < 1.6 * queries + 16, "rows that only fill tiles are few"
 
 
 def test_tiles_of_a_choice():
-    """They end where its blocks do, unless kernels would do little else than start."""
+    """They end where its blocks do, or few of them are filled up."""
     chosen = SelectedTiles(BlockSparse(96, torch.ones(30, 30, dtype=torch.bool)), Causal())
     for pattern in (chosen, chosen & Window(40), Causal() & chosen):
         rows = [tile_size(pattern, blocks_problem(*problem, pattern, query_start=s))[0] for *problem, s in PLACED]
-        assert rows == [32, 32, 16, 128, 128]
+        assert rows == [32, 32, 16, 32, 128]
     assert pattern_from_text(chosen.text(), chosen.tables).text() == chosen.text()
 
 
@@ -250,16 +287,30 @@ def test_gradients_are_those_of_the_chosen_blocks(pattern):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("block", [16, 24])
 @pytest.mark.parametrize("name", ["dense", "sdpa", "native", "flex"])
-def test_a_choice_passes_the_contract_as_a_fixed_plan(name):
+def test_a_choice_passes_the_contract_as_a_fixed_plan(name, block):
+    """In blocks of 24, from an odd place on, rows are repeated to fill tiles: they must add nothing to any gradient."""
     backend = next(x for x in BACKENDS if x.name == name)
-    q, k = torch.randn(2, 45, 4, 8), torch.randn(2, 45, 2, 8)
-    selected = Selector(MinMax(), TopBlocks(), 16)(q, k, 2, Causal())
-    case = Case("selected-blocks", selected, query_length=45, kv_heads=2, visible=(45, 30))
+    n, start = (45, None) if block == 16 else (40, 5)
+    q, k = torch.randn(2, n, 4, 8), torch.randn(2, 45, 2, 8)
+    selected = Selector(MinMax(), TopBlocks(), block)(q, k, 2, Causal(), query_start=start)
+    case = Case("chosen", selected, query_length=n, key_length=45, kv_heads=2, query_start=start, visible=(45, 30))
+    plans = candidate_plans(selected, case.problem(torch.float32), tiles=True)
+    assert any(isinstance(plan, OrderedPlan) for plan in plans) == (block == 24)
     report = ContractReport()
     check_case(backend, case, torch.float32, "cpu", report)
     assert report.checked > 0, f"{name} refuses a choice: {report.refused}"
-    assert name in explain(q, k, k, selected).backends
+    assert name in explain(q, k, k, selected, query_start=start).backends
+
+
+def test_tiny_blocks_chosen_apart_get_no_tables_whatever_was_chosen():
+    q = torch.randn(1, 60, 1, 4)
+    for budget in (1, 15):
+        chosen = Selector(MeanPooled(), TopBlocks(), 4)(q, q, budget, Causal())
+        assert [type(p) for p in candidate_plans(chosen, blocks_problem(q, q, chosen), tiles=True)] == [DensePlan]
+    last = blocks_problem(q[:, 57:], q, chosen)
+    assert len(candidate_plans(chosen, last, tiles=True)) == 2, "rows of one block share a tile"
 
 
 def test_overlap_is_the_share_of_common_blocks():

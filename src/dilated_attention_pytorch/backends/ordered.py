@@ -26,8 +26,8 @@ def backward_in_order(
 ) -> Gradients:
     """`Backend.backward` of the plan's tiles; takes and gives everything in row order."""
     order = plan.order
-    dout, out = (order.ordered_queries(x, 1) for x in (dout, out))
-    lse, dlse = order.ordered_queries(lse, 2), None if dlse is None else order.ordered_queries(dlse, 2)
+    out, lse = order.ordered_queries(out, 1), order.ordered_queries(lse, 2)
+    dout, dlse = order.ordered_gradients(dout, 1), None if dlse is None else order.ordered_gradients(dlse, 2)
     found = backend.backward(order.applied(problem), plan.tiles, dout, dlse, out, lse)
     bias = found.bias
     if bias is not None:

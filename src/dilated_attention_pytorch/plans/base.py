@@ -20,6 +20,11 @@ class Plan(ABC):
 
     pattern: Pattern
 
+    @property
+    def kind(self) -> str:
+        """The name by which measurements know this way to walk."""
+        return type(self).__name__
+
     @abstractmethod
     def expand(self, problem: Problem) -> Tensor:
         """The counts that a backend walking this plan computes with: (B, H, Nq, Nk), int64."""

@@ -1,8 +1,9 @@
-"""Orders of rows in which a dilated pattern is block-dense: rows of one residue class stand together.
+"""Orders of rows that suit tiles: rows of one residue class together, and chosen blocks of queries apart.
 
 In row order a tile of a branch with rate r holds a visible pair almost everywhere, and 1 / r^2 of its pairs. With the
-rows of each residue modulo r next to each other a tile is seen whole or not at all. Positions are runs, so a problem
-whose rows stand in another order is the same problem, and any kernel that walks tiles can compute it.
+rows of each residue modulo r next to each other a tile is seen whole or not at all. Where tables were chosen for blocks
+of queries that do not fill tiles, rows are repeated until they do: so no tile holds rows of two choices. Positions are
+runs, so a problem whose rows stand in another order is the same problem: any kernel that walks tiles can compute it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +24,7 @@ from dilated_attention_pytorch.patterns.base import And
 from dilated_attention_pytorch.patterns.documents import Packed
 from dilated_attention_pytorch.plans.base import Plan
 from dilated_attention_pytorch.plans.tiles import BLOCK_SIZE, TilePlan, tile_plan, visited_tiles
-from dilated_attention_pytorch.problem import Positions, Problem, Run, positions_tensor
+from dilated_attention_pytorch.problem import Positions, Problem, Run, positions_end, positions_tensor
 
 SAMPLE_ROWS = 8192
 """Orders are compared on so many last rows of queries and keys."""
@@ -36,44 +39,64 @@ MAX_MODULUS = 4096
 class RowOrder:
     """Another order of the rows of queries and keys, as runs of row numbers; each row stands in it once.
 
-    ``query_rows`` and ``key_rows`` are the same as int64 tensors on the problem's device.
+    A run of step 0 among those of queries is *filling*: it repeats a row that stands before it, so that the next one
+    begins a tile; what is computed for it is left out. ``query_rows`` and ``key_rows`` are the same as int64 tensors on
+    the problem's device, ``query_places`` and ``key_places`` say where each row stands, ``filling`` which places fill;
+    it is None when none does.
 
     Example:
         >>> order = RowOrder.of((Run(0, 2, 2), Run(1, 2, 1)), (Run(0, 1, 3),), "cpu")
         >>> order.restored_queries(torch.tensor([10, 12, 11]), dim=0)
         tensor([10, 11, 12])
+        >>> order.moves_keys
+        False
     """
 
     queries: Positions
     keys: Positions
     query_rows: Tensor
     key_rows: Tensor
+    query_places: Tensor
+    key_places: Tensor
+    filling: Tensor | None
 
     @classmethod
     def of(cls, queries: Positions, keys: Positions, device: torch.device | str) -> RowOrder:
         """The order of these runs of rows."""
-        return cls(queries, keys, positions_tensor(queries, device), positions_tensor(keys, device))
+        query_rows, key_rows = positions_tensor(queries), positions_tensor(keys)
+        lengths = torch.tensor([run.length for run in queries], dtype=torch.int64)
+        fills = torch.tensor([run.step == 0 for run in queries], dtype=torch.bool).repeat_interleave(lengths)
+        held = (_places(query_rows, ~fills), _places(key_rows, torch.ones_like(key_rows, dtype=torch.bool)))
+        filling = fills.nonzero().squeeze(1).to(device) if bool(fills.any()) else None
+        rows, columns, places, key_places = (x.to(device) for x in (query_rows, key_rows, *held))
+        return cls(queries, keys, rows, columns, places, key_places, filling)
+
+    @property
+    def moves_keys(self) -> bool:
+        """Whether some key leaves its place."""
+        return self.keys != (Run(0, 1, len(self.key_rows)),)
 
     def placed(self, problem: Problem) -> Problem:
         """The problem with the positions of its rows in this order; the tensors are left as they are, for planning."""
         return replace(
             problem,
             query_positions=_compose(problem.query_positions, self.queries),
-            key_positions=_compose(problem.key_positions, self.keys),
+            key_positions=_compose(problem.key_positions, self.keys) if self.moves_keys else problem.key_positions,
         )
 
     def applied(self, problem: Problem) -> Problem:
-        """The same problem with its rows in this order: q, k, v and the bias are copied.
+        """The same problem with its rows in this order: q and the bias are copied, k and v if keys move.
 
         Padded keys are 0 in the copies and no longer at the end; that they are not seen is left to the tables of tiles.
         """
-        bias = problem.bias
+        bias, placed = problem.bias, self.placed(problem)
         if bias is not None:
-            bias = bias if bias.shape[-1] == 1 else bias.index_select(-1, self.key_rows)
+            bias = bias if bias.shape[-1] == 1 or not self.moves_keys else bias.index_select(-1, self.key_rows)
             bias = bias if bias.dim() < 2 or bias.shape[-2] == 1 else bias.index_select(-2, self.query_rows)
         q = problem.q.index_select(1, self.query_rows)
+        if not self.moves_keys:
+            return replace(placed, q=q, bias=bias)
         k, v = (x.index_select(1, self.key_rows) for x in (problem.k, problem.v))
-        placed = self.placed(problem)
         if problem.key_lengths is not None:
             at = positions_tensor(placed.key_positions, k.device)
             padding = at >= torch.tensor(problem.key_lengths, device=k.device).view(-1, 1)
@@ -84,23 +107,42 @@ class RowOrder:
         """A copy of ``x`` whose query rows, along ``dim``, stand in this order."""
         return x.index_select(dim, self.query_rows)
 
+    def ordered_gradients(self, x: Tensor, dim: int) -> Tensor:
+        """`ordered_queries` of a gradient of results: 0 at places that fill."""
+        moved = self.ordered_queries(x, dim)
+        return moved if self.filling is None else moved.index_fill_(dim, self.filling, 0)
+
     def restored_queries(self, x: Tensor, dim: int) -> Tensor:
         """A contiguous copy of ``x`` with its query rows, along ``dim``, back in row order."""
-        return _restored(x, self.query_rows, dim)
+        return x.index_select(dim, self.query_places)
 
     def restored_keys(self, x: Tensor, dim: int) -> Tensor:
-        """A contiguous copy of ``x`` with its key rows, along ``dim``, back in row order."""
-        return _restored(x, self.key_rows, dim)
+        """``x`` with its key rows, along ``dim``, back in row order: a contiguous copy if keys move."""
+        return x.index_select(dim, self.key_places) if self.moves_keys else x
 
 
-def _restored(x: Tensor, rows: Tensor, dim: int) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).index_copy_(dim, rows, x)
+def _places(rows: Tensor, held: Tensor) -> Tensor:
+    """For each row the place where it is held."""
+    places = held.nonzero().squeeze(1)
+    return torch.empty_like(places).index_copy_(0, rows[places], places)
 
 
 def _compose(positions: Positions, rows: Positions) -> Positions:
-    """Positions of runs of rows; the rows stand in one run."""
-    (at,) = positions
-    return tuple(Run(at.start + run.start * at.step, run.step * at.step, run.length) for run in rows)
+    """Positions of runs of rows."""
+    starts = list(accumulate((run.length for run in positions), initial=0))
+    found = []
+    for run in rows:
+        done = 0
+        while done < run.length:
+            row = run.start + run.step * done
+            i = bisect_right(starts, row) - 1
+            at, inside = positions[i], row - starts[i]
+            here = run.length - done
+            if run.step > 0:
+                here = min(here, -(-(at.length - inside) // run.step))
+            found.append(Run(at.start + inside * at.step, run.step * at.step, here))
+            done += here
+    return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,21 +152,32 @@ class OrderedPlan(Plan):
     order: RowOrder
     tiles: TilePlan
 
+    @property
+    def kind(self) -> str:
+        """Where only places that fill were added, measurements of `TilePlan` hold."""
+        return type(self).__name__ if self.order.moves_keys else TilePlan.__name__
+
     def expand(self, problem: Problem) -> Tensor:
-        ordered = self.tiles.expand(self.order.placed(problem))
-        counts = torch.empty_like(ordered, memory_format=torch.contiguous_format)
-        counts[:, :, self.order.query_rows.view(-1, 1), self.order.key_rows] = ordered
-        return counts
+        ordered = self.tiles.expand(self.order.applied(problem))
+        return ordered.index_select(2, self.order.query_places).index_select(3, self.order.key_places)
 
     def issued_pairs(self, problem: Problem) -> int:
         return self.tiles.issued_pairs(problem)
 
+    def counted_pairs(self, problem: Problem) -> int:
+        """Query-key pairs over all samples and heads, each as often as it is seen."""
+        return self.tiles.counted_pairs(problem, self.order.filling)
+
     def describe(self, problem: Problem) -> str:
-        return f"{self.tiles.describe(problem)}, rows by residue"
+        kinds = ((self.order.moves_keys, "rows by residue"), (self.order.filling is not None, "chosen blocks apart"))
+        return ", ".join([self.tiles.describe(problem), *(name for holds, name in kinds if holds)])
 
 
 def ordered_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> OrderedPlan | None:
     """The tile plan of the best order by residues, or None where `residue_order` finds none, or `tile_plan` fails.
+
+    Blocks of queries that tables were chosen for stand in tiles of their own; such a pattern moves no row but by its
+    `key_classes`.
 
     Example:
         >>> from dilated_attention_pytorch.problem import make_problem
@@ -133,9 +186,52 @@ def ordered_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int]
         >>> plan.tiles.num_tiles, plan.tiles.density
         (16, 0.015625)
     """
-    order = residue_order(pattern, problem, block_size)
+    fixed, chosen = fixed_classes(pattern), chosen_rows(pattern)
+    order = residue_order(pattern, problem, block_size) if fixed is not None or chosen is None else None
+    queries = None if chosen is None else rows_apart(problem.query_positions, chosen, block_size[0])
+    if queries is not None:
+        keys = (Run(0, 1, problem.key_length),) if order is None else order.keys
+        order = RowOrder.of(queries, keys, problem.q.device)
     tiles = None if order is None else tile_plan(pattern, order.placed(problem), block_size)
     return None if order is None or tiles is None else OrderedPlan(pattern, order, tiles)
+
+
+def block_rows(positions: Positions, block: int) -> npt.NDArray[np.int64]:
+    """How many rows in turn stand in one block of ``block`` positions.
+
+    Example:
+        >>> block_rows((Run(6, 1, 10), Run(40, 2, 3)), 8)
+        array([2, 8, 3])
+    """
+    number = positions_tensor(positions).numpy() // block
+    borders = np.flatnonzero(number[1:] != number[:-1]) + 1
+    return np.diff(borders, prepend=0, append=len(number))
+
+
+def rows_apart(positions: Positions, block: int, rows: int) -> Positions | None:
+    """Runs of rows, some of them filling, in which no tile of ``rows`` holds rows of two blocks of positions.
+
+    None where none does in row order.
+
+    Example:
+        >>> rows_apart((Run(6, 1, 10),), 8, 4)
+        (Run(start=0, step=1, length=2), Run(start=1, step=0, length=2), Run(start=2, step=1, length=8))
+    """
+    lengths = block_rows(positions, block)
+    ends = np.cumsum(lengths)
+    if not (ends[:-1] % rows).any():
+        return None
+    fills = -lengths % rows
+    fills[-1] = 0
+    runs, first = [], 0
+    for i in [*np.flatnonzero(fills).tolist(), len(fills) - 1]:
+        end = int(ends[i])
+        if end > first:
+            runs.append(Run(first, 1, end - first))
+        if fills[i]:
+            runs.append(Run(end - 1, 0, int(fills[i])))
+        first = end
+    return tuple(runs)
 
 
 def residue_order(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> RowOrder | None:
@@ -146,10 +242,10 @@ def residue_order(pattern: Pattern, problem: Problem, block_size: tuple[int, int
     a part of the pattern names its `key_classes`, keys stand in that order without comparing, and queries in their own.
     Of tables of blocks that cut a pattern only the shape is looked at: orders are compared for their diagonal.
     """
-    sides = (problem.query_positions, problem.key_positions)
+    modulus = fixed_classes(pattern)
+    sides = (problem.query_positions, problem.key_positions) if modulus is None else (problem.key_positions,)
     if any(len(runs) != 1 or runs[0].step != 1 for runs in sides):
         return None
-    modulus = fixed_classes(pattern)
     if modulus is not None:
         return _order(pattern, problem, modulus, None, moves_queries=False)
     classes = list(_classes(pattern, problem.key_length))
@@ -235,8 +331,8 @@ def _order(
             if part.documents.varies_by_sample:
                 return None
             starts.update(part.documents.bounds(torch.device("cpu")).flatten().tolist())
-    (q,), (k,) = problem.query_positions, problem.key_positions
-    end = max(q.start + q.length, k.start + k.length)
+    (k,) = problem.key_positions
+    end = max(positions_end(problem.query_positions), k.start + k.length)
     if period is not None:
         if end // period * modulus > MAX_RUNS:
             return None
@@ -244,7 +340,10 @@ def _order(
     if len(starts) * modulus > MAX_RUNS:
         return None
     keys = _runs(k, modulus, sorted(starts))
-    queries = _runs(q, modulus, sorted(starts)) if moves_queries else (Run(0, 1, q.length),)
+    queries: Positions = (Run(0, 1, problem.query_length),)
+    if moves_queries:
+        (q,) = problem.query_positions
+        queries = _runs(q, modulus, sorted(starts))
     return RowOrder.of(queries, keys, problem.q.device)
 
 

@@ -11,16 +11,18 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from dilated_attention_pytorch.patterns import BlockSparse, Branch, Documents, Pattern
 from dilated_attention_pytorch.patterns.base import And, Sum
 from dilated_attention_pytorch.plans.base import DensePlan, Plan
-from dilated_attention_pytorch.plans.orders import chosen_rows, fixed_classes, ordered_plan
+from dilated_attention_pytorch.plans.orders import block_rows, chosen_rows, fixed_classes, ordered_plan
 from dilated_attention_pytorch.plans.pieces import Span, chunk_pieces
 from dilated_attention_pytorch.plans.strided import Chunk, HeadSlice, Piece, StridedPlan
 from dilated_attention_pytorch.plans.tiles import BLOCK_SIZE, tile_plan, visited_tiles
-from dilated_attention_pytorch.problem import Problem, positions_end
+from dilated_attention_pytorch.problem import Problem
 
 CHUNK_ROWS = 8192
 """A chunk is the largest multiple of the segments' common multiple within this, or one common multiple (tokens)."""
@@ -42,6 +44,8 @@ SOON_TILES = 1 << 12
 """Up to so many tiles are read in row order though another order has fewer (seconds; above, a minute and more)."""
 LEAST_ROWS = 16
 """The fewest query rows of a tile: fewer, and kernels do little else than start."""
+LEAST_CHOSEN = 8
+"""Chosen blocks of fewer rows are computed densely: in tiles of their own they would cost more."""
 LARGEST_TILE = 128
 """Rows and keys of a tile at most, unless a backend's options say otherwise."""
 CALL_PAIRS = 50_000
@@ -109,11 +113,16 @@ def _digest(table: Tensor) -> tuple[object, ...]:
 
 
 def _tiled(pattern: Pattern, problem: Problem, size: tuple[int, int], needed: bool) -> tuple[Plan, ...]:
-    """Tables of tiles: with rows by residue where that is denser, and in row order if ``needed`` or soon made."""
-    has_order = fixed_classes(pattern) is not None
-    moves = has_order or chosen_rows(pattern) is None
-    ordered = ordered_plan(pattern, problem, size) if moves else None
-    if ordered is not None and has_order:
+    """Tables of tiles: in the order that suits them, and in row order if ``needed`` or soon made.
+
+    Where a choice must not decide how rows are summed there is one order only, and for blocks that would fill little of
+    a tile of their own there are no tables.
+    """
+    chosen = chosen_rows(pattern)
+    if chosen is not None and chosen < LEAST_CHOSEN and len(block_rows(problem.query_positions, chosen)) > 1:
+        return ()
+    ordered = ordered_plan(pattern, problem, size)
+    if ordered is not None and (fixed_classes(pattern) is not None or chosen is not None):
         return (ordered,)
     soon = ordered is None or needed or visited_tiles(pattern, problem, size) <= SOON_TILES
     return tuple(p for p in (ordered, tile_plan(pattern, problem, size) if soon else None) if p is not None)
@@ -122,18 +131,13 @@ def _tiled(pattern: Pattern, problem: Problem, size: tuple[int, int], needed: bo
 def tile_size(pattern: Pattern, problem: Problem, largest: int = LARGEST_TILE) -> tuple[int, int]:
     """Query rows and key rows of a tile: on a CPU those of the pattern's blocks, so that tiles are full or empty.
 
-    Neither is above ``largest``, and they are part of no result.
-
-    Rows of blocks that were chosen apart stand in tiles of their own, so that a row is summed alike whatever was chosen
-    for later blocks, bit for bit (law 5). It cannot be where rows start at a place that shares no divisor of at least
-    `LEAST_ROWS` with the blocks, unless all rows lie in one block.
+    Neither is above ``largest``, and they are part of no result. Query rows are such that blocks which were chosen
+    apart stand in tiles of their own, as law 5 asks, with few of them or with few rows to fill others (`rows_apart`).
     """
     rows, keys = (min(n, largest) for n in BLOCK_SIZE)
     chosen = chosen_rows(pattern)
-    if chosen is not None and len(problem.query_positions) == 1:
-        start, last = problem.query_positions[0].start, positions_end(problem.query_positions) - 1
-        shared = math.gcd(rows, chosen, start)
-        rows = shared if shared >= LEAST_ROWS and start // chosen != last // chosen else rows
+    if chosen is not None:
+        rows = _rows_of_choices(block_rows(problem.query_positions, chosen), rows)
     blocks = list(_block_sizes(pattern))
     if blocks and problem.q.device.type in ("cpu", "meta"):
         starts = ([run.start for run in side] for side in (problem.query_positions, problem.key_positions))
@@ -141,6 +145,20 @@ def tile_size(pattern: Pattern, problem: Problem, largest: int = LARGEST_TILE) -
         if min(own) >= LEAST_ROWS:
             return own[0] if chosen is None else math.gcd(rows, own[0]), own[1]
     return rows, keys
+
+
+def _rows_of_choices(lengths: npt.NDArray[np.int64], most: int) -> int:
+    """Rows of a tile for so many rows in each block: a divisor of all, or what leaves few tiles and few filling rows.
+
+    A tile costs about as much as `LEAST_ROWS` rows beside its own.
+    """
+    if len(lengths) <= 1:
+        return most
+    shared = math.gcd(most, *set(lengths[:-1].tolist()))
+    if shared >= LEAST_ROWS:
+        return shared
+    sizes = [n for n in (16, 32, 64, 128, 256) if n <= most]
+    return min(sizes, key=lambda n: int((-(-lengths // n)).sum()) * (n + LEAST_ROWS))
 
 
 def _block_sizes(pattern: Pattern) -> Iterator[tuple[int, int]]:

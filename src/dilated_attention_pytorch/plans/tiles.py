@@ -102,14 +102,20 @@ class TilePlan(Plan):
         repeats = problem.batch * problem.num_heads // max(1, self.kv_num.shape[0] * self.kv_num.shape[1])
         return repeats * self.num_tiles * self.block_size[0] * self.block_size[1]
 
-    def counted_pairs(self, problem: Problem) -> int:
-        """Query-key pairs over all samples and heads, each as often as it is seen."""
-        within = self.counts.sum((1, 2), dtype=torch.int64)
-        pairs = sum(int(within[table].sum()) for _, table in _entries(self.kv_num, self.kv_idx, self.kv_table))
-        (bq, bk), (nq, nk) = self.block_size, (problem.query_length, problem.key_length)
+    def counted_pairs(self, problem: Problem, filling: Tensor | None = None) -> int:
+        """Query-key pairs over all samples and heads, each as often as it is seen; without the rows ``filling``."""
+        (bq, bk), nk = self.block_size, problem.key_length
+        nq = problem.query_length + (0 if filling is None else len(filling))
+        blocks = torch.arange(self.kv_num.shape[2], device=self.counts.device)
+        held = (nq - blocks * bq).clamp(max=bq)  # rows that count
+        if filling is not None:
+            held -= torch.bincount(filling // bq, minlength=len(held))
+        within = self.counts.sum(2, dtype=torch.int64).cumsum(1)  # (T, rows): what fills stands at the end of a block
+        pairs = 0
+        for (_, _, row, _), table in _entries(self.kv_num, self.kv_idx, self.kv_table):
+            pairs += int(within[table, held[row] - 1].sum())
         for (_, _, row, column), count in _entries(self.full_num, self.full_idx, self.full_count):
-            rows, columns = (nq - row * bq).clamp(max=bq), (nk - column * bk).clamp(max=bk)
-            pairs += int((rows * columns * count).sum())
+            pairs += int((held[row] * (nk - column * bk).clamp(max=bk) * count).sum())
         return pairs * (problem.batch * problem.num_heads // max(1, self.kv_num.shape[0] * self.kv_num.shape[1]))
 
     def describe(self, problem: Problem) -> str:
@@ -140,6 +146,9 @@ class _Tiles(NamedTuple):
 
 def tile_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> TilePlan | None:
     """The tile plan of a pattern, or None when its tables would be too large or a count does not fit in 8 bits.
+
+    Too large: partial tiles that differ hold more than `PARTIAL_PAIRS` pairs or `TABLE_BYTES`. Under a choice made from
+    data that depends on the data, and a pattern without tables is computed densely, with sums in another order.
 
     Example:
         >>> import torch

@@ -16,7 +16,7 @@ from dilated_attention_pytorch.backends.flex.tables import row_positions, table_
 from dilated_attention_pytorch.backends.ordered import backward_in_order, forward_in_order
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.plans import Plan, TilePlan
-from dilated_attention_pytorch.plans.orders import OrderedPlan
+from dilated_attention_pytorch.plans.orders import OrderedPlan, chosen_rows
 from dilated_attention_pytorch.problem import Problem
 from dilated_attention_pytorch.scores import score_from_text
 
@@ -94,7 +94,13 @@ class FlexBackend(Backend):
                     f"eager FlexAttention holds all {pairs:,} pairs at once (limit {EAGER_PAIRS:,}); "
                     "use FlexOptions(compiled=True) where a kernel exists, or backend='sdpa'"
                 )
-        size = table_bytes(_tiles(plan), self._least_block(p), p.needs_grad)
+        tiles, least = _tiles(plan), self._least_block(p)
+        if chosen_rows(plan.pattern) is not None and least > tiles.block_size[0] and tiles.kv_num.shape[2] > 1:
+            reasons.append(
+                f"its kernels would join {tiles.block_size[0]} rows with those of another choice, to {least}, and sum "
+                f"them in another order; choose for blocks of a multiple of {least} rows or use backend='triton'"
+            )
+        size = table_bytes(tiles, least, p.needs_grad)
         if size > TABLE_LIMIT:
             reasons.append(
                 f"its block lists would take {size >> 20} MiB (limit {TABLE_LIMIT >> 20}); "
