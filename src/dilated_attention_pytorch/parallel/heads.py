@@ -146,7 +146,7 @@ def forward_with(problem: Problem, pattern: Pattern, world: World, compute: Forw
     local, part = _inside(problem, pattern, world, sides)  # what does not fit is found before anything is sent
     q, k, v = _to_heads(world, sides.inputs(problem))
     out, lse, kept = compute(replace(local, q=q, k=k, v=v), part)
-    rows = sides.queries
+    out, rows = out.to(problem.result_dtype), sides.queries
     home, home_lse = _to_tokens(world, [(out, rows), (_by_row(lse), rows)], [problem.num_heads] * 2)
     return home, _by_head(home_lse), (q, k, v, out, lse, *kept)
 

@@ -1,0 +1,111 @@
+"""Meshes of two dims: heads are exchanged for tokens inside a row, and another method joins the rows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dilated_attention_pytorch import BlockSparse, Causal, Documents, InvalidInput, attention, longnet
+from dilated_attention_pytorch.parallel import heads
+from dilated_attention_pytorch.parallel.grouping import two_worlds
+from dilated_attention_pytorch.parallel.layouts import LAYOUTS, Layout
+from dilated_attention_pytorch.parallel.world import World
+from dilated_attention_pytorch.problem import Problem, positions_tensor
+from parallel.worlds import run_world
+
+LENGTH, HEADS = 53, 8
+PAPER = longnet([8, 24, 64], [1, 3, 4])
+BLOCKS = torch.rand(HEADS, 7, 7, generator=torch.Generator().manual_seed(2)) < 0.5
+OUTER = {"all_to_all": heads}
+
+# (pattern, key-value heads, visible keys)
+CASES = {
+    "causal": (Causal(), HEADS, None),
+    "longnet": (PAPER, 2, (LENGTH, 20)),
+    "longnet_causal": (longnet([8, 24, 64], [1, 3, 4], head_offset="torchscale") & Causal(), 1, None),
+    "documents": (Documents([7, 23, 23]).of(longnet([8, 32], [1, 4], head_groups=True) & Causal()), HEADS, None),
+    "blocks": (BlockSparse(8, BLOCKS) & Causal(), HEADS, None),
+}
+
+
+def whole(kv_heads, visible):
+    g = torch.Generator().manual_seed(3)
+    shapes = (HEADS, kv_heads, kv_heads, HEADS)
+    q, k, v, dout = (torch.randn(2, LENGTH, h, 4, generator=g, dtype=torch.float64) for h in shapes)
+    dlse = torch.randn(2, HEADS, LENGTH, generator=g, dtype=torch.float64)
+    at = Layout("contiguous", LENGTH, 1).positions(0)
+    return Problem(q, k, v, 0.4, at, at, key_lengths=visible, needs_grad=True), dout, dlse
+
+
+def truth(name):
+    pattern, *rest = CASES[name]
+    problem, dout, dlse = whole(*rest)
+    out, lse = attention.forward(problem, pattern)
+    return out, lse, *attention.backward(problem, pattern, dout, dlse, out, lse)[:3]
+
+
+def on_a_mesh(truths, trials):
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    rank = dist.get_rank()
+    for name, layout, method in trials:
+        (pattern, *rest), between = CASES[name], OUTER[method]
+        given, dout, dlse = whole(*rest)
+        at = tuple(Layout(layout, LENGTH, 4).positions(r) for r in range(4))
+        mine = positions_tensor(at[rank])
+        outer, inner = two_worlds(World(rank, at, at), 2, mesh.get_group("inner"), mesh.get_group("outer"))
+        problem = replace(
+            given,
+            q=given.q[:, mine],
+            k=given.k[:, mine],
+            v=given.v[:, mine],
+            query_positions=at[rank],
+            key_positions=at[rank],
+        )
+        local, part = heads.inside(problem, pattern, inner)
+        assert local.query_positions == outer.queries[outer.rank]
+        assert between.reasons_against(local, part, outer) == []
+        out, lse, kept = heads.forward_with(
+            problem,
+            pattern,
+            inner,
+            lambda p, t: between.forward(p, t, outer, "auto"),  # noqa: B023
+        )
+        back = (dout[:, mine], dlse[..., mine], out, lse, kept)
+        grads = heads.backward_with(
+            problem,
+            pattern,
+            inner,
+            *back,
+            lambda p, t, *given: between.backward(p, t, outer, *given, "auto"),  # noqa: B023
+        )
+        expected = (x[..., mine] if number == 1 else x[:, mine] for number, x in enumerate(truths[name]))
+        for what, x, wanted in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads[:3]), expected):
+            torch.testing.assert_close(
+                x,
+                wanted,
+                rtol=0,
+                atol=1e-12,
+                msg=lambda m: f"{what}, {name} {layout} {method}: {m}",  # noqa: B023
+            )
+
+
+def test_a_mesh_of_two_by_two_computes_what_one_computes():
+    trials = [(name, layout, method) for name in CASES for layout in LAYOUTS for method in OUTER]
+    run_world(4, on_a_mesh, {name: truth(name) for name in CASES}, trials, timeout=60)
+
+
+def test_the_worlds_of_a_mesh():
+    rows = tuple(Layout("zigzag", 48, 6).positions(r) for r in range(6))
+    keys = tuple(Layout("contiguous", 60, 6).positions(r) for r in range(6))
+    for rank in range(6):
+        outer, inner = two_worlds(World(rank, rows, keys), 3)
+        assert (outer.rank, outer.size, inner.rank, inner.size) == (rank // 3, 2, rank % 3, 3)
+        assert inner.queries[inner.rank] == rows[rank]
+        assert inner.keys[inner.rank] == keys[rank]
+        for side, expected in ((outer.queries, rows), (outer.keys, keys)):
+            for number, held in enumerate(side):
+                all_rows = torch.cat([positions_tensor(own) for own in expected[number * 3 : number * 3 + 3]])
+                assert torch.equal(positions_tensor(held), all_rows.sort().values)
+    with pytest.raises(InvalidInput, match="6 ranks are no mesh of 4 columns"):
+        two_worlds(World(0, rows, rows), 4)
