@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,9 +20,11 @@ from dilated_attention_pytorch.models.config import (
 )
 from dilated_attention_pytorch.models.copying import start_copying
 from dilated_attention_pytorch.models.generation import generate_tokens
+from dilated_attention_pytorch.models.parts import block_options, check_rows, config_options, encoder_stack
 from dilated_attention_pytorch.models.pretrained import PretrainedModel
 from dilated_attention_pytorch.nn.cache import KeyValueCache
 from dilated_attention_pytorch.nn.convolution import ShortConvolution
+from dilated_attention_pytorch.nn.shards import ShardRows, shard_rows
 from dilated_attention_pytorch.nn.transformer import (
     DilatedTransformer,
     DilatedTransformerDecoderLayer,
@@ -110,7 +111,7 @@ class LongNetLM(PretrainedModel):
         )
         self.dropout = nn.Dropout(dropout)
         layers = self.config.num_layers
-        self.decoder = _encoder_stack(self.config, layers, stack_gain(layers), device, dtype)
+        self.decoder = encoder_stack(self.config, layers, stack_gain(layers), device, dtype)
         self.head = None if tie_embeddings else nn.Linear(d_model, num_tokens, bias=False, device=device, dtype=dtype)
         for table in (self.embedding, self.head):
             if table is not None:
@@ -121,7 +122,7 @@ class LongNetLM(PretrainedModel):
 
     @classmethod
     def _arguments(cls, config: LongNetLMConfig) -> dict[str, Any]:
-        options = _options(config)
+        options = config_options(config)
         options["num_decoder_layers"] = options.pop("num_layers")
         return options
 
@@ -140,6 +141,9 @@ class LongNetLM(PretrainedModel):
         ``key_padding_mask (B, N)``: True is padding, on the right. ``position_ids`` (N,) or (B, N). Segments and
         positions restart in each of ``documents``, packed one after another in N. With a ``cache`` from `new_cache`,
         tokens follow those seen so far and are remembered; call it under torch.no_grad().
+
+        After `nn.set_context_parallel` tokens, mask, position_ids and logits are this rank's shards; documents are
+        those of the whole sequence, and there is no cache.
 
         Raises InvalidInput for tokens that are not in the vocabulary or not integers; the cache stays as it was.
         """
@@ -167,6 +171,8 @@ class LongNetLM(PretrainedModel):
         self._check_tokens(tokens)
         if cache is not None and not is_causal:
             raise InvalidInput("a cache serves causal models: earlier tokens cannot see later ones any more.")
+        context = self.decoder.context_parallel
+        rows = None if context is None else shard_rows(context, tokens)
         seen = tokens
         if self.convolution is not None and cache is not None and cache.tokens is not None:
             if cache.tokens.shape[0] != tokens.shape[0]:
@@ -175,12 +181,13 @@ class LongNetLM(PretrainedModel):
                 )
             seen = torch.cat((cache.tokens, tokens), 1)
         out: Tensor = self.decoder(
-            self.dropout(self._embedded(seen, tokens.shape[1], documents)),
+            self.dropout(self._embedded(seen, tokens.shape[1], documents, rows)),
             is_causal=is_causal,
             key_padding_mask=key_padding_mask,
             position_ids=position_ids,
             documents=documents,
             cache=cache,
+            rows=rows,
         )
         if self.convolution is not None and cache is not None:
             cache.tokens = seen
@@ -231,13 +238,26 @@ class LongNetLM(PretrainedModel):
             stream=stream,
         )
 
-    def _embedded(self, seen: Tensor, count: int, documents: Documents | None) -> Tensor:
-        """Input rows of the last ``count`` of the tokens seen so far, (B, count, d_model)."""
+    def _embedded(self, seen: Tensor, count: int, documents: Documents | None, rows: ShardRows | None) -> Tensor:
+        """Input rows of the last ``count`` of the tokens seen so far, (B, count, d_model); or those of a shard."""
         if self.convolution is None:
             return self.embedding(seen) * self.config.d_model**0.5  # type: ignore[no-any-return]
+        if rows is not None:
+            return self._embedded_shard(seen, self.convolution, documents, rows)
         near = seen[:, -(count + self.convolution.width - 1) :]
         rows: Tensor = self.convolution(self.embedding(near) * self.config.d_model**0.5, documents)
         return rows[:, rows.shape[1] - count :]
+
+    def _embedded_shard(
+        self, shard: Tensor, convolution: ShortConvolution, documents: Documents | None, rows: ShardRows
+    ) -> Tensor:
+        """The same of this rank's rows; the tokens before them may be other ranks', so all tokens are gathered."""
+        assert self.decoder.context_parallel is not None
+        tokens = self.decoder.context_parallel.unshard(shard, length=rows.length)
+        at = torch.arange(rows.length, device=shard.device) if rows.at is None else rows.at
+        place = at if documents is None else documents.locate(at)[1].view(-1, at.shape[0])
+        scale = self.config.d_model**0.5
+        return convolution.over(lambda k: self.embedding(tokens[:, (at - k).clamp(min=0)]) * scale, place)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if not isinstance(tokens, Tensor):
@@ -309,11 +329,11 @@ class LongNetEncoder(PretrainedModel):
             head_groups=head_groups,
             checkpoint_activations=checkpoint_activations,
         )
-        self.encoder = _encoder_stack(self.config, num_layers, stack_gain(num_layers), device, dtype)
+        self.encoder = encoder_stack(self.config, num_layers, stack_gain(num_layers), device, dtype)
 
     @classmethod
     def _arguments(cls, config: LongNetEncoderConfig) -> dict[str, Any]:
-        return _options(config)
+        return config_options(config)
 
     def forward(
         self,
@@ -329,7 +349,7 @@ class LongNetEncoder(PretrainedModel):
         ``key_padding_mask (B, N)``: True is padding, on the right; a padded sample's rows equal those of the sample
         alone.
         """
-        _check_rows("x", x, self.config.d_model)
+        check_rows("x", x, self.config.d_model)
         return self.encoder(  # type: ignore[no-any-return]
             x,
             is_causal=is_causal,
@@ -398,8 +418,8 @@ class LongNet(PretrainedModel):
             checkpoint_activations=checkpoint_activations,
         )
         encoder_gain, decoder_gain = encoder_decoder_gains(num_encoder_layers, num_decoder_layers)
-        self.encoder = _encoder_stack(config, num_encoder_layers, encoder_gain, device, dtype)
-        options = _block_options(config)
+        self.encoder = encoder_stack(config, num_encoder_layers, encoder_gain, device, dtype)
+        options = block_options(config)
         if cross_attention == "longnet":
             options["cross_pattern"] = longnet(
                 config.segment_lengths, config.dilation_rates, head_offset=head_offset, head_groups=head_groups
@@ -414,7 +434,7 @@ class LongNet(PretrainedModel):
 
     @classmethod
     def _arguments(cls, config: LongNetConfig) -> dict[str, Any]:
-        return _options(config)
+        return config_options(config)
 
     def forward(
         self,
@@ -432,12 +452,12 @@ class LongNet(PretrainedModel):
         unless ``memory_is_causal``: then row i of the output depends on src and tgt up to i only, as always in 0.2 with
         its is_causal. Masks (B, M), (B, N): True is padding, on the right; when tgt is None src's mask serves both.
         """
-        _check_rows("src", src, self.config.d_model)
+        check_rows("src", src, self.config.d_model)
         if tgt is None:
             if tgt_key_padding_mask is not None:
                 raise InvalidInput("tgt is src here, and so is its mask: leave out tgt_key_padding_mask.")
             tgt, tgt_key_padding_mask = src, src_key_padding_mask
-        _check_rows("tgt", tgt, self.config.d_model)
+        check_rows("tgt", tgt, self.config.d_model)
         memory = self.encoder(src, is_causal=memory_is_causal, key_padding_mask=src_key_padding_mask)
         return self.decoder(  # type: ignore[no-any-return]
             tgt,
@@ -446,38 +466,4 @@ class LongNet(PretrainedModel):
             memory_is_causal=memory_is_causal,
             key_padding_mask=tgt_key_padding_mask,
             memory_key_padding_mask=src_key_padding_mask,
-        )
-
-
-def _options(config: TransformerConfig) -> dict[str, Any]:
-    """The config's fields as arguments of the model's constructor."""
-    return {f.name: getattr(config, f.name) for f in fields(config) if f.name != "format_version"}
-
-
-def _block_options(config: TransformerConfig) -> dict[str, Any]:
-    shared = {f.name for f in fields(TransformerConfig)} - {"checkpoint_activations"}
-    return {name: value for name, value in _options(config).items() if name in shared}
-
-
-def _encoder_stack(
-    config: TransformerConfig,
-    num_layers: int,
-    gain: float,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> DilatedTransformer:
-    options = _block_options(config)
-    layers = [
-        DilatedTransformerEncoderLayer(**options, gamma_init=gain, device=device, dtype=dtype)
-        for _ in range(num_layers)
-    ]
-    return DilatedTransformer(layers, checkpoint_activations=config.checkpoint_activations)
-
-
-def _check_rows(name: str, x: object, d_model: int) -> None:
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != d_model:
-        got = tuple(x.shape) if isinstance(x, Tensor) else repr(x)
-        raise InvalidInput(
-            f"expected {name} of shape (B, N, d_model = {d_model}). Got {got}; is_causal, second in 0.2, "
-            "is a keyword now."
         )

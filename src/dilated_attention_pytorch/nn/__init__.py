@@ -3,6 +3,7 @@
 from dilated_attention_pytorch.nn.adaptive import AdaptiveSparseAttention, MultiheadAdaptiveSparseAttention
 from dilated_attention_pytorch.nn.attention import DilatedAttention, MultiheadDilatedAttention
 from dilated_attention_pytorch.nn.cache import KeyValueCache, LayerCache
+from dilated_attention_pytorch.nn.context import set_context_parallel
 from dilated_attention_pytorch.nn.convolution import ShortConvolution
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
 from dilated_attention_pytorch.nn.ordered import Ordered
@@ -39,5 +40,6 @@ __all__ = [
     "alibi_slopes",
     "encoder_decoder_gains",
     "rotate",
+    "set_context_parallel",
     "stack_gain",
 ]

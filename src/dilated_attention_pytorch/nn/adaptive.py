@@ -6,13 +6,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, place_rows, run_eagerly, unit_values
+from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, place_rows, unit_values
+from dilated_attention_pytorch.nn.compiling import run_eagerly
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
 from dilated_attention_pytorch.patterns import Causal, Documents, Full, Pattern
 from dilated_attention_pytorch.patterns.base import And
@@ -25,6 +27,9 @@ from dilated_attention_pytorch.selection import (
     TopBlocks,
     attend_with_coarse,
 )
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 OVERLAPS_KEPT = 256
 """How many of the last overlaps a layer remembers."""
@@ -99,6 +104,14 @@ class AdaptiveSparseAttention(PatternAttention):
     def forget(self) -> None:
         """The next call chooses anew, and its choice is compared with none."""
         self.selected, self._asked, self._served = None, None, 0
+
+    def checked_context(self, context: ContextParallel | DeviceMesh | None) -> None:
+        """None, the only legal ``context``: a choice reads all queries and keys. Raises InvalidInput else."""
+        if context is not None:
+            raise InvalidInput(
+                f"{type(self).__name__} chooses from all queries and keys, which no rank holds: leave out "
+                "context_parallel, or use a layer whose pattern is known before, such as BlockSparseAttention."
+            )
 
     def choose_pattern(self, query: Tensor, key: Tensor, is_causal: bool, query_start: int | None) -> Pattern:
         """What a choice is made within, causal on request."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.base import PatternAttention
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
 from dilated_attention_pytorch.patterns import Causal, Pattern, longnet
 from dilated_attention_pytorch.scores import Score
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 
 class DilatedAttention(PatternAttention):
@@ -20,7 +25,8 @@ class DilatedAttention(PatternAttention):
     ``segment_lengths`` (tokens) and ``dilation_rates`` are equally long lists of branches; ``pattern`` replaces both.
     ``softmax_scale`` None is 1/sqrt(D). ``attention_dropout`` acts in training mode only, and on the CPU on the slow
     ``dense`` backend, as do masks and ``score``. ``op`` names a backend of `attend`; None picks one. ``head_offset``
-    and ``head_groups`` are those of `longnet`.
+    and ``head_groups`` are those of `longnet`. With ``context_parallel``, a `ContextParallel` or a mesh of one dim,
+    tokens are dealt over ranks: the layer takes and gives this rank's shards (`set_context_parallel`).
 
     Raises InvalidInput for branches that do not fit, or an ``op`` that is not a backend's name.
 
@@ -42,8 +48,9 @@ class DilatedAttention(PatternAttention):
         head_groups: bool = False,
         pattern: Pattern | None = None,
         score: Score | None = None,
+        context_parallel: ContextParallel | DeviceMesh | None = None,
     ) -> None:
-        super().__init__(softmax_scale, attention_dropout, op, score)
+        super().__init__(softmax_scale, attention_dropout, op, score, context_parallel)
         self.pattern = _choose_pattern(segment_lengths, dilation_rates, pattern, head_offset, head_groups)
         self.causal_pattern = self.pattern & Causal()
         self.segment_lengths = None if segment_lengths is None else tuple(segment_lengths)
@@ -66,7 +73,7 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
     gain ``gamma_init``, query and key with gain 1, biases 0 (arXiv 2210.06423, figure 2). ``dropout`` is attention
     dropout. ``num_kv_heads`` below ``num_heads`` shares keys and values among groups of heads. ``position`` is "none",
     "rotary", "xpos" (for causal attention) or "alibi"; "alibi", masks and dropout run on the slow
-    ``dense`` backend.
+    ``dense`` backend. ``context_parallel`` as in `DilatedAttention`.
 
     Raises InvalidInput for sizes that do not divide, or options that do not go together.
 
@@ -96,6 +103,7 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
         head_offset: str = "modulo",
         head_groups: bool = False,
         pattern: Pattern | None = None,
+        context_parallel: ContextParallel | DeviceMesh | None = None,
     ) -> None:
         if pattern is None and head_groups and segment_lengths is not None and num_heads < len(segment_lengths):
             raise InvalidInput(
@@ -110,6 +118,7 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
             head_offset=head_offset,
             head_groups=head_groups,
             pattern=pattern,
+            context_parallel=context_parallel,
         )
         super().__init__(
             embed_dim,

@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.backends import check_backend_name
 from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.nn.compiling import run_eagerly
+from dilated_attention_pytorch.nn.shards import as_context, whole_shapes
 from dilated_attention_pytorch.patterns import Documents, Pattern
 from dilated_attention_pytorch.problem import check_inputs
 from dilated_attention_pytorch.scores import Score
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 
 class PatternAttention(nn.Module):
     """Attention of ready-made heads; which pattern a call has is the subclass's choice.
 
     ``softmax_scale`` None is 1/sqrt(D). ``attention_dropout`` acts in training mode only. ``op`` names a backend of
-    `attend`; None picks one. Raises InvalidInput for a probability out of range, or an ``op`` that is no name.
+    `attend`; None picks one. With ``context_parallel``, a `ContextParallel` or a mesh of one dim, queries, keys, values
+    and the result are this rank's shards. Raises InvalidInput for a probability out of range, or an ``op`` that is no
+    name.
     """
 
     def __init__(
-        self, softmax_scale: float | None, attention_dropout: float, op: str | None, score: Score | None
+        self,
+        softmax_scale: float | None,
+        attention_dropout: float,
+        op: str | None,
+        score: Score | None,
+        context_parallel: ContextParallel | DeviceMesh | None = None,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
         self.attention_dropout = check_dropout("attention_dropout", attention_dropout)
         self.backend = check_op(op)
         self.score = score
+        self.context_parallel = context_parallel  # type: ignore[assignment]  # the setter takes meshes too
+
+    @property
+    def context_parallel(self) -> ContextParallel | None:
+        """How the tokens are dealt over ranks; None: every call has whole sequences. May be set at any time."""
+        return self._context_parallel
+
+    @context_parallel.setter
+    def context_parallel(self, context: ContextParallel | DeviceMesh | None) -> None:
+        self._context_parallel = self.checked_context(context)
+
+    def checked_context(self, context: ContextParallel | DeviceMesh | None) -> ContextParallel | None:
+        """What ``context_parallel`` becomes when it is set to ``context``; InvalidInput for what this layer cannot."""
+        return as_context(context)
 
     def choose_pattern(self, query: Tensor, key: Tensor, is_causal: bool, query_start: int | None) -> Pattern:
         """The pattern of a call, before documents restart it."""
@@ -59,6 +81,9 @@ class PatternAttention(nn.Module):
         are added. ``key_padding_mask (B, Nk)``: True is padding, on the right. ``query_start`` is the position of the
         first query; None makes queries the last rows. The pattern restarts in each of ``documents``. With
         ``need_weights`` also the weights (B, H, Nq, Nk), without dropout, in O(Nq Nk) memory.
+
+        Where ``context_parallel`` is set, tensors and the padding mask are shards, while ``query_start`` and documents
+        speak of whole sequences; attention_mask and need_weights are refused.
         """
         pattern = self.choose_pattern(query, key, is_causal, query_start)
         if documents is not None:
@@ -76,6 +101,9 @@ class PatternAttention(nn.Module):
         query_start: int | None,
         need_weights: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.context_parallel is not None:
+            self._check_shards(attention_mask, need_weights)
+            return self._attend_shards(query, key, value, pattern, key_padding_mask, query_start)
         bias = None
         if attention_mask is not None:
             bias = bias_from_mask("attention_mask", attention_mask, query, true_takes_part=True)
@@ -89,6 +117,44 @@ class PatternAttention(nn.Module):
         dropout_p = self.attention_dropout if self.training else 0.0
         out: Tensor = attend(query, key, value, pattern, dropout_p=dropout_p, backend=self.backend, **options)
         return (out, dense_weights(query, key, pattern, **options)) if need_weights else out
+
+    @run_eagerly("attention over several ranks sends and receives on the host: compile without fullgraph")
+    def _attend_shards(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pattern: Pattern,
+        key_padding_mask: Tensor | None,
+        query_start: int | None,
+    ) -> Tensor:
+        assert self.context_parallel is not None
+        out: Tensor = self.context_parallel.attend(
+            query,
+            key,
+            value,
+            pattern,
+            scale=self.softmax_scale,
+            score=self.score,
+            key_padding_mask=key_padding_mask,
+            query_start=query_start,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return out
+
+    @staticmethod
+    def _check_shards(attention_mask: Tensor | None, need_weights: bool) -> None:
+        if attention_mask is not None:
+            raise InvalidInput(
+                "a mask over pairs (Nq, Nk) is not dealt over ranks: with context_parallel say who sees whom by the "
+                "pattern, key_padding_mask or documents."
+            )
+        if need_weights:
+            raise InvalidInput(
+                "attention weights (Nq, Nk) are not dealt over ranks: ask for them in one process, without "
+                "context_parallel."
+            )
 
 
 def check_op(op: object) -> str:
@@ -124,15 +190,24 @@ def check_max_length(max_length: int | None) -> int | None:
     return max_length
 
 
-def place_rows(query: Tensor, key: Tensor, query_start: int | None, max_length: int | None = None) -> tuple[int, int]:
+def place_rows(
+    query: Tensor,
+    key: Tensor,
+    query_start: int | None,
+    max_length: int | None = None,
+    context: ContextParallel | None = None,
+) -> tuple[int, int]:
     """One past the last position of the queries, and of the keys, of tensors that fit together.
 
-    Raises InvalidInput where they do not, or go beyond ``max_length``.
+    With a ``context`` the tensors are shards, the positions those of the whole. Raises InvalidInput where tensors do
+    not fit, or go beyond ``max_length``.
 
     Example:
         >>> place_rows(torch.zeros(1, 2, 1, 4), torch.zeros(1, 9, 1, 4), None)
         (9, 9)
     """
+    if context is not None:
+        query, key = whole_shapes(context, query, key)
     _, start = check_inputs(query, key, key, query_start=query_start)
     ends = start + query.shape[1], key.shape[1]
     if max_length is not None and max(ends) > max_length:
@@ -189,28 +264,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
-
-
-def run_eagerly(why: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """A decorator: compiled code stops before the function, runs it as it is, and goes on behind it.
-
-    Where a whole graph was asked for, the error of `torch.compile` says ``why``. (`torch.compiler.disable` imports the
-    compiler, so it is asked for only while compiling.)
-
-    Example:
-        >>> run_eagerly("numbers decide")(max)(1, 2)
-        2
-    """
-
-    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        @wraps(function)
-        def call(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
-            if torch.compiler.is_compiling():
-                torch._dynamo.graph_break(msg=why)
-                eager: Callable[Arguments, Result] = torch.compiler.disable(function, reason=why)
-                return eager(*arguments, **options)
-            return function(*arguments, **options)
-
-        return call
-
-    return decorate

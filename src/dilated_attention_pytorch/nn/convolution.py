@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,17 @@ class ShortConvolution(nn.Module):
             if place is not None:
                 shifted = shifted * (place >= k)
             y = y + shifted * self.taps[k]
+        return y
+
+    def over(self, near: Callable[[int], Tensor], place: Tensor) -> Tensor:
+        """The same rows (B, n, d_model) where neighbours lie elsewhere: ``near(k)`` gives what stands k rows before.
+
+        ``place`` (n,) or (B, n) is each row's number in its document, or in the sequence; what ``near`` gives before a
+        first row is not used.
+        """
+        y = near(0) * self.taps[0]
+        for k in range(1, self.width):
+            y = y + near(k) * (place >= k).unsqueeze(-1) * self.taps[k]
         return y
 
     def extra_repr(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,12 @@ from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.base import PatternAttention, bias_from_mask
 from dilated_attention_pytorch.nn.cache import LayerCache
 from dilated_attention_pytorch.nn.positions import Rotation, alibi_slopes, make_positions, rotate
+from dilated_attention_pytorch.nn.shards import ShardRows, shard_rows
 from dilated_attention_pytorch.patterns import Documents
 from dilated_attention_pytorch.scores import Relative
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 
 class MultiheadPatternAttention(nn.Module):
@@ -26,6 +30,8 @@ class MultiheadPatternAttention(nn.Module):
     ``num_kv_heads`` below ``num_heads`` shares keys and values among groups of heads. ``position`` is "none", "rotary",
     "xpos" (for causal attention), which counts from the middle of the largest of ``segment_lengths``, or "alibi", which
     becomes the ``score`` of ``attention``.
+
+    Where ``attention.context_parallel`` is set, queries, keys, values and the result are this rank's shards.
 
     Raises InvalidInput for sizes that do not divide, or options that do not go together.
 
@@ -108,7 +114,8 @@ class MultiheadPatternAttention(nn.Module):
         ``rotation`` is a ready table from ``positions.table``, shared by the layers of a model. ``query_start`` is the
         row of the first query among the keys; None makes queries the last rows. Pattern and positions restart in each
         of ``documents``, so that a packed sample equals the sample alone. ``cache`` is read, and keeps the new keys and
-        values: self-attention under torch.no_grad().
+        values: self-attention under torch.no_grad(), in one process. Where tokens are dealt over ranks, documents and
+        ``query_start`` are those of the whole sequence, and position_ids those of this rank's rows.
 
         Raises InvalidInput for shapes, dtypes and options that do not fit; nothing is cached then.
         """
@@ -151,14 +158,14 @@ class MultiheadPatternAttention(nn.Module):
         key, value = query if key is None else key, query if value is None else value
         self._check_rows(query=query, key=key, value=value)
         self._check_placing(is_self, position_ids, rotation, documents)
+        context = self.attention.context_parallel
         if cache is not None:
-            _check_cached(is_self, key_padding_mask, query_start, documents)
+            _check_cached(is_self, key_padding_mask, query_start, documents, context)
         q, k, v = self._project(query, key, value, is_self)
         past = 0 if cache is None else cache.length
-        first = past + k.shape[1] - q.shape[1] if query_start is None else query_start
         if self.positions is not None:
             if rotation is None:
-                rotation = self._rotation(q, k, max(first, 0), past, position_ids, documents)
+                rotation = self._rotation(q, k, is_self, query_start, past, position_ids, documents)
             q, k = rotate(q, rotation.query_cos, rotation.query_sin), rotate(k, rotation.key_cos, rotation.key_sin)
         bias = None if attn_mask is None else self._bias(attn_mask, q, past + k.shape[1])
         if cache is not None:
@@ -204,18 +211,26 @@ class MultiheadPatternAttention(nn.Module):
         self,
         q: Tensor,
         k: Tensor,
-        first: int,
+        is_self: bool,
+        query_start: int | None,
         past: int,
         position_ids: Tensor | None,
         documents: Documents | None,
     ) -> Rotation:
-        """The table of these rows; ``first`` and ``past`` are the rows of the first query and of the first key."""
+        """The table of these rows; ``past`` is the row of the first key."""
         assert self.positions is not None
         table = partial(self.positions.table, documents=documents, dtype=q.dtype, device=q.device)
-        of_keys = table(k.shape[1], start=past, position_ids=position_ids)
-        if first == past and q.shape[1] == k.shape[1]:
+        context = self.attention.context_parallel
+        if context is None:
+            queries, keys = ShardRows(q.shape[1], None), ShardRows(k.shape[1], None)
+        else:
+            keys = shard_rows(context, k)
+            queries = keys if is_self else shard_rows(context, q)
+        first = max(past + keys.length - queries.length, 0) if query_start is None else query_start
+        of_keys = table(keys.length, at=keys.at, start=past, position_ids=position_ids)
+        if first == past and (is_self or (context is None and queries.length == keys.length)):
             return of_keys
-        return Rotation(*table(q.shape[1], start=first)[:2], *of_keys[2:])
+        return Rotation(*table(queries.length, at=queries.at, start=first)[:2], *of_keys[2:])
 
     def _bias(self, attn_mask: Tensor, q: Tensor, key_length: int) -> Tensor:
         batch, query_length, heads, _ = q.shape
@@ -256,8 +271,16 @@ class MultiheadPatternAttention(nn.Module):
 
 
 def _check_cached(
-    is_self: bool, key_padding_mask: Tensor | None, query_start: int | None, documents: Documents | None
+    is_self: bool,
+    key_padding_mask: Tensor | None,
+    query_start: int | None,
+    documents: Documents | None,
+    context: ContextParallel | None,
 ) -> None:
+    if context is not None:
+        raise InvalidInput(
+            "a cache holds every row, and no rank does: decode in one process, with context_parallel None."
+        )
     if not is_self or query_start is not None:
         raise InvalidInput("a cache serves self-attention: leave out key, value and query_start.")
     if key_padding_mask is not None or documents is not None:

@@ -82,13 +82,15 @@ class Rotary:
         documents: Documents | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        at: Tensor | None = None,
     ) -> Rotation:
         """The rotation of rows ``start...start + length``, which stand at ``position_ids`` (N,) or (B, N).
 
-        None is in order, in each of ``documents`` from 0. ``dtype`` is that of the tensors to be turned. Raises
-        InvalidInput for position_ids of another shape or kind.
+        None is in order, in each of ``documents`` from 0. ``dtype`` is that of the tensors to be turned. With ``at``
+        (n,), int64, the table holds only those of the ``length`` rows, counted from 0, and position_ids are theirs.
+        Raises InvalidInput for position_ids of another shape or kind.
         """
-        places = _places(position_ids, _rows(length, start, documents, torch.device(device or "cpu")))
+        places = _places(position_ids, _rows(length, start, documents, torch.device(device or "cpu"), at))
         cos, sin = self._cos_sin(places, _table_dtype(dtype))
         return Rotation(cos, sin, cos, sin)
 
@@ -132,13 +134,16 @@ class XPos(Rotary):
         documents: Documents | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        at: Tensor | None = None,
     ) -> Rotation:
         """As `Rotary.table`, with the factors folded into the queries' and the keys' tables."""
-        rows = _rows(length, start, documents, torch.device(device or "cpu"))
+        rows = _rows(length, start, documents, torch.device(device or "cpu"), at)
         places = _places(position_ids, rows)
         cos, sin = self._cos_sin(places, _table_dtype(dtype))
         counted = places - self._origins(rows).to(places.dtype)
         in_order = position_ids is None and (documents is None or self._nests)
+        if at is not None and position_ids is None and documents is not None:
+            in_order, length = True, min(length, int(documents.lengths.max()))  # the same answer on every rank
         self._check_range(self._reach(length, start) if in_order else _largest(counted), dtype)
         pair = torch.arange(0, self.head_dim, 2, device=rows.device, dtype=places.dtype)
         zeta = (pair / self.head_dim + 0.4) / 1.4
@@ -189,13 +194,15 @@ def make_positions(kind: str, head_dim: int, segment_lengths: Sequence[int] | No
     return None
 
 
-def _rows(length: int, start: int, documents: Documents | None, device: torch.device) -> Tensor:
-    """Row numbers, (N,) or (B, N), which begin anew in every document."""
-    rows = torch.arange(start, start + length, device=device)
+def _rows(
+    length: int, start: int, documents: Documents | None, device: torch.device, at: Tensor | None = None
+) -> Tensor:
+    """Row numbers, (N,) or (B, N), which begin anew in every document; with ``at`` only of those rows."""
+    rows = torch.arange(start, start + length, device=device) if at is None else start + at.to(device)
     if documents is None:
         return rows
     inside = documents.locate(rows)[1]
-    return inside if inside.dim() == 1 else inside.reshape(-1, length)
+    return inside if inside.dim() == 1 else inside.reshape(-1, rows.shape[0])
 
 
 def _places(position_ids: Tensor | None, rows: Tensor) -> Tensor:

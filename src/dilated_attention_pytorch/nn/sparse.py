@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, place_rows, run_eagerly
+from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, place_rows
+from dilated_attention_pytorch.nn.compiling import run_eagerly
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
 from dilated_attention_pytorch.patterns import (
     BlockSparse,
@@ -26,6 +28,9 @@ from dilated_attention_pytorch.patterns import (
     strided,
 )
 from dilated_attention_pytorch.scores import Score
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 LAYOUTS: dict[str, Callable[..., Pattern]] = {
     builder.__name__: builder
@@ -71,9 +76,10 @@ class BlockSparseAttention(PatternAttention):
         score: Score | None = None,
         per_head: bool = False,
         max_length: int | None = None,
+        context_parallel: ContextParallel | DeviceMesh | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(softmax_scale, attention_dropout, op, score)
+        super().__init__(softmax_scale, attention_dropout, op, score, context_parallel)
         self.kind, self.pattern, self.per_head = kind, pattern, per_head
         self.max_length = check_max_length(max_length)
         self.options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}
@@ -99,7 +105,7 @@ class BlockSparseAttention(PatternAttention):
 
     @run_eagerly("BlockSparseAttention builds tables on the host: give it pattern=, or compile without fullgraph")
     def _built(self, query: Tensor, key: Tensor, query_start: int | None) -> Pattern:
-        ends = tuple(max(end, 1) for end in place_rows(query, key, query_start, self.max_length))
+        ends = tuple(max(end, 1) for end in place_rows(query, key, query_start, self.max_length, self.context_parallel))
         heads, options = query.shape[2] if self.per_head else None, tuple(self.options.items())
         builder = self._builder()
         if self.max_length is None:
@@ -155,6 +161,7 @@ class MultiheadBlockSparseAttention(MultiheadPatternAttention):
         pattern: Pattern | None = None,
         per_head: bool = False,
         max_length: int | None = None,
+        context_parallel: ContextParallel | DeviceMesh | None = None,
         **options: Any,
     ) -> None:
         if position == "xpos" and max_length is None:
@@ -166,6 +173,7 @@ class MultiheadBlockSparseAttention(MultiheadPatternAttention):
             pattern=pattern,
             per_head=per_head,
             max_length=max_length,
+            context_parallel=context_parallel,
             **options,
         )
         super().__init__(

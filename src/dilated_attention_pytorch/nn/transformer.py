@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,11 @@ from dilated_attention_pytorch.nn.attention import MultiheadDilatedAttention
 from dilated_attention_pytorch.nn.base import check_dropout, compute_dtype
 from dilated_attention_pytorch.nn.cache import KeyValueCache, LayerCache
 from dilated_attention_pytorch.nn.positions import Rotation
+from dilated_attention_pytorch.nn.shards import ShardRows, shard_rows
 from dilated_attention_pytorch.patterns import Documents, Full, Pattern
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -295,6 +299,11 @@ class DilatedTransformer(nn.Module):
         self.norm = nn.LayerNorm(layers[0].self_attn.embed_dim, eps=eps, device=weight.device, dtype=weight.dtype)
         self.checkpoint_activations = checkpoint_activations
 
+    @property
+    def context_parallel(self) -> ContextParallel | None:
+        """How the layers' tokens are dealt over ranks, set by `set_context_parallel`; None: not at all."""
+        return cast(DilatedTransformerEncoderLayer, self.layers[0]).self_attn.attention.context_parallel
+
     def forward(
         self,
         x: Tensor,
@@ -307,11 +316,16 @@ class DilatedTransformer(nn.Module):
         position_ids: Tensor | None = None,
         documents: Documents | None = None,
         cache: KeyValueCache | None = None,
+        rows: ShardRows | None = None,
     ) -> Tensor:
-        """All layers' output (B, N, E), normed. When it raises, the cache is as it was."""
+        """All layers' output (B, N, E), normed. When it raises, the cache is as it was.
+
+        Where layers have ``context_parallel``, x and memory are this rank's shards, and ``rows`` says which rows x has;
+        None finds it by a small all-gather.
+        """
         self._check_memory(memory, memory_key_padding_mask, memory_is_causal, cache, documents)
         past = self._past(cache)
-        rotation = self._rotation(x, past, position_ids, documents)
+        rotation = self._rotation(x, past, position_ids, documents, rows)
         try:
             for i, layer in enumerate(self.layers):
                 arguments: list[Any] = [x, is_causal]
@@ -354,7 +368,12 @@ class DilatedTransformer(nn.Module):
         return cache.length
 
     def _rotation(
-        self, x: Tensor, past: int, position_ids: Tensor | None, documents: Documents | None
+        self,
+        x: Tensor,
+        past: int,
+        position_ids: Tensor | None,
+        documents: Documents | None,
+        rows: ShardRows | None,
     ) -> Rotation | None:
         attention = cast(DilatedTransformerEncoderLayer, self.layers[0]).self_attn
         if attention.positions is None:
@@ -363,8 +382,12 @@ class DilatedTransformer(nn.Module):
                     f"position={attention.position!r} has no use for position_ids; leave them out, or use 'rotary'."
                 )
             return None
+        if rows is None:
+            context = self.context_parallel
+            rows = ShardRows(x.shape[1], None) if context is None else shard_rows(context, x)
         return attention.positions.table(
-            x.shape[1],
+            rows.length,
+            at=rows.at,
             start=past,
             position_ids=position_ids,
             documents=documents,
