@@ -16,12 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.problem import accumulate_dtype
-from dilated_attention_pytorch.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from dilated_attention_pytorch.training.checkpoint import Progress
 from dilated_attention_pytorch.training.data import Bytes, Windows
+from dilated_attention_pytorch.training.faults import MicroBatch, Watch, ran_out_of_memory
 from dilated_attention_pytorch.training.ranks import ALONE, Ranks
+from dilated_attention_pytorch.training.resume import Checkpoints
 from dilated_attention_pytorch.training.run import Run
 from dilated_attention_pytorch.training.settings import TrainingSettings, learning_rate_at
 
@@ -81,12 +84,13 @@ def train(
 
     `model(tokens)` maps (B, N) int64 bytes to (B, N, 256) logits. Training continues from the run's checkpoint where
     there is one; a checkpoint is written every `checkpoint_every` steps and at the end. The global random state is
-    left as it was. Raises InvalidInput for a damaged checkpoint, FloatingPointError when the loss is no longer
-    finite.
+    left as it was. When memory runs out, once, a batch is computed in parts. Raises InvalidInput for a damaged
+    checkpoint, FloatingPointError when the loss is no longer finite, and torch.OutOfMemoryError.
 
     Several `ranks` all call it with equal models, which are changed to hold their shares. The first writes files; all
     see the same steps, and stop when one is asked to. Each draws dropout of hidden rows from a generator of its own,
-    so with it the numbers depend on how many there are.
+    so with it the numbers depend on how many there are. Raises RankLost when another fails, and BeginAgain when memory
+    ran out; see `faults.together`.
     """
     device = check_device(run.settings)
     model.to(device).train()
@@ -95,18 +99,19 @@ def train(
     with contextlib.ExitStack() as held:
         held.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         ranks.on_first(lambda: held.enter_context(run.locked()))
-        progress = Progress(0, 0.0)
-        if run.checkpoint.exists():
-            progress = load_checkpoint(run.checkpoint, model, learner.optimizer)
-            if progress.step > run.settings.steps:
-                raise InvalidInput(
-                    f"{run.checkpoint} is at step {progress.step}, past the {run.settings.steps} of its run"
-                )
-            log.info("continuing %s after step %d", run.path, progress.step)
-        else:
-            torch.manual_seed(run.settings.seed + ranks.rank)
+        watch, micro_batch = Watch(run, ranks), MicroBatch(run, ranks)
+        held.enter_context(watch.over())
+        checkpoints = held.enter_context(Checkpoints(run, ranks))
+        progress = checkpoints.load(model, learner.optimizer)
         ranks.on_first(lambda: run.keep_metrics(progress.step))
-        return _steps(learner, run, ranks, progress, on_step, stop_requested)
+
+        def update(step: int) -> tuple[float, float]:
+            return watch.attempt(step + 1, lambda: _update(learner, run, step, ranks, micro_batch), micro_batch)
+
+        def save(progress: Progress) -> None:
+            checkpoints.save(model, learner.optimizer, progress)
+
+        return _steps(run, ranks, progress, update, save, on_step, stop_requested)
 
 
 def batch_at(step: int, run: Run) -> Bytes:
@@ -118,10 +123,11 @@ def batch_at(step: int, run: Run) -> Bytes:
 
 
 def _steps(
-    learner: Learner,
     run: Run,
     ranks: Ranks,
     progress: Progress,
+    update: Callable[[int], tuple[float, float]],
+    save: Callable[[Progress], None],
     on_step: Callable[[Step], None],
     stop_requested: Callable[[], bool],
 ) -> int:
@@ -131,9 +137,7 @@ def _steps(
     with run.metrics.open("a") if ranks.is_first else contextlib.nullcontext() as metrics:
         while step < settings.steps and not ranks.any(stop_requested()):
             began = time.perf_counter()
-            batch = torch.from_numpy(batch_at(step, run)).long()
-            rate = learning_rate_at(step, settings)
-            bits, norm = _update(learner, batch, rate, settings, ranks)
+            bits, norm = update(step)
             if not math.isfinite(bits) or not math.isfinite(norm):
                 raise FloatingPointError(
                     f"the loss is not finite at step {step + 1} (loss {bits}, gradient norm {norm}); start a new run "
@@ -143,33 +147,40 @@ def _steps(
             spent = time.perf_counter() - began
             seconds += spent
             speed = settings.batch_size * settings.window_at(step - 1) / spent
-            line = Step(step, bits, rate, norm, speed, seconds)
+            line = Step(step, bits, learning_rate_at(step - 1, settings), norm, speed, seconds)
             if metrics is not None:
                 metrics.write(json.dumps(dataclasses.asdict(line)) + "\n")
                 metrics.flush()
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 if metrics is not None:
                     os.fsync(metrics.fileno())
-                save_checkpoint(run.checkpoint, learner.model, learner.optimizer, Progress(step, seconds))
+                save(Progress(step, seconds))
                 saved = step
             on_step(line)
         if saved < step:
-            save_checkpoint(run.checkpoint, learner.model, learner.optimizer, Progress(step, seconds))
+            save(Progress(step, seconds))
     return step
 
 
-def _update(
-    learner: Learner, batch: torch.Tensor, rate: float, settings: TrainingSettings, ranks: Ranks
-) -> tuple[float, float]:
-    """One step of the optimizer on `batch` (B, N + 1); gives the loss in bits per byte and the gradient's norm.
+def _update(learner: Learner, run: Run, step: int, ranks: Ranks, micro_batch: MicroBatch) -> tuple[float, float]:
+    """The optimizer has made `step` (from 0); gives the loss in bits per byte and the gradient's norm.
 
     Both are of the whole batch, whatever each rank's share. A loss or gradient that is not finite is not applied.
     """
+    batch = torch.from_numpy(batch_at(step, run)).long()
     for group in learner.optimizer.param_groups:
-        group["lr"] = rate
-    learner.optimizer.zero_grad(set_to_none=True)
-    loss = _backward(learner.called, batch, settings, ranks)
-    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), settings.clip_norm)
+        group["lr"] = learning_rate_at(step, run.settings)
+    while True:
+        learner.optimizer.zero_grad(set_to_none=True)
+        try:
+            loss = _backward(learner.called, batch, run.settings, ranks, micro_batch)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if ranks.size > 1 or not ran_out_of_memory(error):
+                raise
+            cause = str(error)  # the error itself holds the tensors that fill the memory
+        micro_batch.halve(step + 1, cause)
+    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), run.settings.clip_norm)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if torch.isfinite(norm):
@@ -177,16 +188,23 @@ def _update(
     return ranks.total(loss).item() / math.log(2), norm.item()
 
 
-def _backward(called: torch.nn.Module, batch: torch.Tensor, settings: TrainingSettings, ranks: Ranks) -> torch.Tensor:
+def _backward(
+    called: torch.nn.Module, batch: torch.Tensor, settings: TrainingSettings, ranks: Ranks, micro_batch: MicroBatch
+) -> torch.Tensor:
     """This rank's share of the batch's mean loss in nats, whose gradients are added up.
 
     Shares may differ in length, so each is a sum over its own targets divided by the number of all.
     """
     device = next(called.parameters()).device
-    tokens, labels = (x.to(device) for x in ranks.deal(batch))
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bf16"):
-        logits = called(tokens)
-    logits = logits.to(accumulate_dtype(logits.dtype)).flatten(0, 1)
-    share = functional.cross_entropy(logits, labels.flatten(), reduction="sum") / batch[:, 1:].numel()
-    (share * ranks.size).backward()  # type: ignore[no-untyped-call]  # ranks' gradients are averaged
-    return share.detach()
+    shares = []
+    parts = micro_batch.split(*(x.to(device) for x in ranks.deal(batch)))
+    for number, (tokens, labels) in enumerate(parts, start=1):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bf16"):
+            logits = called(tokens)
+        logits = logits.to(accumulate_dtype(logits.dtype)).flatten(0, 1)
+        share = functional.cross_entropy(logits, labels.flatten(), reduction="sum") / batch[:, 1:].numel()
+        sent_later = isinstance(called, DistributedDataParallel) and number < len(parts)
+        with called.no_sync() if sent_later else contextlib.nullcontext():  # type: ignore[operator]
+            (share * ranks.size).backward()  # type: ignore[no-untyped-call]  # ranks' gradients are averaged
+        shares.append(share.detach())
+    return torch.stack(shares).sum()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import Future
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
@@ -53,22 +52,22 @@ def newest_checkpoint(run: Run) -> Path | None:
                 damage.append(error)
     if damage and not found:
         raise damage[0]
-    for error in damage:
-        log.warning("%s; the checkpoint is left out", error)
+    for left_out in damage:
+        log.warning("%s; the checkpoint is left out", left_out)
     return max(found)[1] if found else None
 
 
 class Checkpoints:
     """The checkpoints of one training of `run` by `ranks`; inside `with`, which ends when the last is on the disk.
 
-    All ranks make it and call its methods together. `timeout` is how long one may wait for another; None is torch's.
+    All ranks make it and call its methods together.
     """
 
-    def __init__(self, run: Run, ranks: Ranks = ALONE, timeout: timedelta | None = None) -> None:
+    def __init__(self, run: Run, ranks: Ranks = ALONE) -> None:
         self._run, self._ranks = run, ranks
         self._group = None
         if ranks.size > 1:  # of its own: it is used in the background
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            self._group = dist.new_group(backend="gloo", timeout=ranks.timeout)
         self._saving: Future[object] | None = None
 
     def load(self, model: torch.nn.Module, optimizer: torch.optim.AdamW) -> Progress:
