@@ -47,51 +47,53 @@ def truth(name):
 
 def on_a_mesh(truths, trials):
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    rank = dist.get_rank()
+    groups = mesh.get_group("inner"), mesh.get_group("outer")
     for name, layout, method in trials:
-        (pattern, *rest), between = CASES[name], OUTER[method]
-        given, dout, dlse = whole(*rest)
-        at = tuple(Layout(layout, LENGTH, 4).positions(r) for r in range(4))
-        mine = positions_tensor(at[rank])
-        outer, inner = two_worlds(World(rank, at, at), 2, mesh.get_group("inner"), mesh.get_group("outer"))
-        problem = replace(
-            given,
-            q=given.q[:, mine],
-            k=given.k[:, mine],
-            v=given.v[:, mine],
-            query_positions=at[rank],
-            key_positions=at[rank],
-        )
-        local, part = heads.inside(problem, pattern, inner)
-        assert local.query_positions == outer.queries[outer.rank]
-        assert between.reasons_against(local, part, outer) == []
-        out, lse, kept = heads.forward_with(
-            problem,
-            pattern,
-            inner,
-            lambda p, t: between.forward(p, t, outer, "auto"),  # noqa: B023
-        )
-        back = (dout[:, mine], dlse[..., mine], out, lse, kept)
-        grads = heads.backward_with(
-            problem,
-            pattern,
-            inner,
-            *back,
-            lambda p, t, *given: between.backward(p, t, outer, *given, "auto"),  # noqa: B023
-        )
+        found, mine = flat(name, layout) if method is None else hybrid(name, layout, OUTER[method], groups)
         expected = (x[..., mine] if number == 1 else x[:, mine] for number, x in enumerate(truths[name]))
-        for what, x, wanted in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads[:3]), expected):
-            torch.testing.assert_close(
-                x,
-                wanted,
-                rtol=0,
-                atol=1e-12,
-                msg=lambda m: f"{what}, {name} {layout} {method}: {m}",  # noqa: B023
-            )
+        for what, x, wanted in zip(("out", "lse", "dq", "dk", "dv"), found, expected):
+            told = f"{what}, {name} {layout} {method}"
+            torch.testing.assert_close(x, wanted, rtol=0, atol=1e-12, msg=lambda m: f"{told}: {m}")  # noqa: B023
+
+
+def shard(name, layout):
+    """This rank's rows of a case, what comes back to it, the world of four, and its rows' numbers."""
+    given, dout, dlse = whole(*CASES[name][1:])
+    rank, at = dist.get_rank(), tuple(Layout(layout, LENGTH, 4).positions(r) for r in range(4))
+    mine = positions_tensor(at[rank])
+    q, k, v = (x[:, mine] for x in (given.q, given.k, given.v))
+    problem = replace(given, q=q, k=k, v=v, query_positions=at[rank], key_positions=at[rank])
+    return problem, (dout[:, mine], dlse[..., mine]), World(rank, at, at, dist.group.WORLD), mine
+
+
+def flat(name, layout):
+    pattern = CASES[name][0]
+    problem, back, world, mine = shard(name, layout)
+    out, lse, kept = heads.forward(problem, pattern, world, "auto")
+    return (out, lse, *heads.backward(problem, pattern, world, *back, out, lse, kept, "auto")[:3]), mine
+
+
+def hybrid(name, layout, between, groups):
+    pattern = CASES[name][0]
+    problem, back, world, mine = shard(name, layout)
+    outer, inner = two_worlds(world, 2, *groups)
+    local, part = heads.inside(problem, pattern, inner)
+    assert local.query_positions == outer.queries[outer.rank]
+    assert between.reasons_against(local, part, outer) == []
+
+    def forward(p, t):
+        return between.forward(p, t, outer, "auto")
+
+    def backward(p, t, *rest):
+        return between.backward(p, t, outer, *rest, "auto")
+
+    out, lse, kept = heads.forward_with(problem, pattern, inner, forward)
+    return (out, lse, *heads.backward_with(problem, pattern, inner, *back, out, lse, kept, backward)[:3]), mine
 
 
 def test_a_mesh_of_two_by_two_computes_what_one_computes():
     trials = [(name, layout, method) for name in CASES for layout in LAYOUTS for method in OUTER]
+    trials.append(("longnet", "zigzag", None))  # all four exchange heads, and two share a key-value head
     run_world(4, on_a_mesh, {name: truth(name) for name in CASES}, trials, timeout=60)
 
 
