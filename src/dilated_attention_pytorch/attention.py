@@ -145,7 +145,7 @@ def longnet_attention(
 def forward(
     problem: Problem, pattern: Pattern, *, compat: TorchscaleCompat = NO_COMPAT, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a problem; pure."""
+    """(out, lse) of a problem; pure. Out is in q's dtype, of a partial problem in that of lse."""
     pattern.check(problem)
     if problem.q.numel() == 0 or problem.v.numel() == 0:
         return _nothing_seen(problem)
@@ -168,9 +168,13 @@ def backward(
     compat: TorchscaleCompat = NO_COMPAT,
     backend: str = "auto",
 ) -> Gradients:
-    """The gradients of the pattern's pairs, given the global out and lse; pure."""
+    """The gradients of the pattern's pairs, given the global out and lse; pure.
+
+    ``out`` may be in the accumulate dtype: rounded to a half type it costs dq and dk up to a rounding of their own.
+    """
     if problem.q.numel() == 0 or problem.v.numel() == 0:
-        dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
+        leaves = (problem.q, problem.k, problem.v)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=problem.result_dtype, device=x.device) for x in leaves)
         return Gradients(dq, dk, dv, None if problem.bias is None else torch.zeros_like(problem.bias))
     if not compat.detach_mixing:
         chosen, plan = select(problem, candidate_plans(pattern, problem, needs_tiles(backend)), backend)
@@ -189,7 +193,7 @@ def backward(
 
 def _nothing_seen(problem: Problem) -> tuple[Tensor, Tensor]:
     p = problem
-    out = p.q.new_zeros((p.batch, p.query_length, p.num_heads, p.v.shape[3]))
+    out = p.q.new_zeros((p.batch, p.query_length, p.num_heads, p.v.shape[3]), dtype=p.result_dtype)
     lse = p.q.new_full((p.batch, p.num_heads, p.query_length), -torch.inf, dtype=p.accumulate_dtype)
     return out, lse
 

@@ -18,7 +18,8 @@ TILES = (16, 32, 64, 128, 256)
 
 
 class Gradients(NamedTuple):
-    """Gradients with the shapes and dtypes of q, k, v; that of the bias (its shape, accumulate dtype) or None."""
+    """Gradients with the shapes of q, k, v, in the problem's `result_dtype`; that of the bias (its shape, accumulate
+    dtype) or None."""
 
     q: Tensor
     k: Tensor
@@ -93,7 +94,7 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Out (B, Nq, H, Dv) in q's dtype, and lse (B, H, Nq) in the accumulate dtype."""
+        """Out (B, Nq, H, Dv) in the problem's `result_dtype`, and lse (B, H, Nq) in the accumulate dtype."""
 
     @abstractmethod
     def backward(
@@ -102,5 +103,6 @@ class Backend(ABC):
         """The gradients through every pair of the plan, given the global out and lse.
 
         ``out`` and ``lse`` may belong to more keys than the plan's (ring steps, branches): the pairs of this plan then
-        give their share of the exact gradient.
+        give their share of the exact gradient. ``out`` is in q's dtype or in the accumulate dtype, ``dout`` in q's;
+        the gradients are in `result_dtype`.
         """

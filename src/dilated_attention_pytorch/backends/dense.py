@@ -45,7 +45,7 @@ class DenseBackend(Backend):
 
     def forward(self, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
         p, dtype = problem, problem.accumulate_dtype
-        out = empty((p.batch, p.query_length, p.num_heads, p.v.shape[3]), p.q.dtype, p.q.device)
+        out = empty((p.batch, p.query_length, p.num_heads, p.v.shape[3]), p.result_dtype, p.q.device)
         lse = empty((p.batch, p.num_heads, p.query_length), dtype, p.q.device)
         for c in _chunks(problem, plan):
             row_lse = _logsumexp(c.logits)
@@ -61,7 +61,7 @@ class DenseBackend(Backend):
         self, problem: Problem, plan: Plan, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
     ) -> Gradients:
         p, dtype = problem, problem.accumulate_dtype
-        dq = empty(p.q.shape, p.q.dtype, p.q.device)
+        dq = empty(p.q.shape, p.result_dtype, p.q.device)
         dk = torch.zeros(p.k.shape, dtype=dtype, device=p.k.device)
         dv = torch.zeros(p.v.shape, dtype=dtype, device=p.v.device)
         dbias = None if p.bias is None else torch.zeros(p.bias.shape, dtype=dtype, device=p.bias.device)
@@ -85,7 +85,7 @@ class DenseBackend(Backend):
                 dlogits = dlogits * c.derivative
             dq[c.samples, c.rows, c.heads] = (p.scale * (dlogits @ keys)).transpose(1, 2).to(dq.dtype)
             dk[c.samples, :, c.kv_head] += p.scale * (dlogits.transpose(2, 3) @ c.q).sum(1)
-        return Gradients(dq, dk.to(p.k.dtype), dv.to(p.v.dtype), dbias)
+        return Gradients(dq, dk.to(p.result_dtype), dv.to(p.result_dtype), dbias)
 
 
 def _logsumexp(logits: Tensor) -> Tensor:

@@ -199,7 +199,10 @@ class FlashAttnOptions(Options):
 
 
 class FlashAttnBackend(Backend):
-    """The flash-attn packages, one call per piece of a StridedPlan."""
+    """The flash-attn packages, one call per piece of a StridedPlan.
+
+    Its kernels round the results of a piece, so those of a partial problem are sums of rounded pieces in float32.
+    """
 
     name = "flash_attn"
     plans = (StridedPlan,)

@@ -31,9 +31,9 @@ class StridedWalk:
     packed_rows: int | None = None
 
     def forward(self, problem: Problem, plan: StridedPlan) -> tuple[Tensor, Tensor]:
-        """Out (B, Nq, H, D) in q's dtype and lse (B, H, Nq) in the accumulate dtype."""
+        """Out (B, Nq, H, D) in the dtype of results and lse (B, H, Nq) in the accumulate dtype."""
         p = problem
-        out = empty(p.q.shape, p.q.dtype, p.q.device)
+        out = empty(p.q.shape, p.result_dtype, p.q.device)
         lse = empty((p.batch, p.num_heads, p.query_length), p.accumulate_dtype, p.q.device)
         work = _Buffers(p, self)
         for block in _blocks(p, plan, self):
@@ -49,9 +49,9 @@ class StridedWalk:
         p, limit = problem, self.kernel.max_head_dim
         if dlse is not None and limit is not None and p.q.shape[3] + self.kernel.columns > limit:
             return self._lse_apart(p, plan, dout, dlse, out, lse)
-        dq = empty(p.q.shape, p.q.dtype, p.q.device)
+        dq = empty(p.q.shape, p.result_dtype, p.q.device)
         shared = p.kv_group > 1  # several query heads add to one kv head: sum in the accumulate dtype
-        kv_dtype = p.accumulate_dtype if shared else p.k.dtype
+        kv_dtype = p.accumulate_dtype if shared else p.result_dtype
         dk, dv = (torch.zeros(x.shape, dtype=kv_dtype, device=x.device) for x in (p.k, p.v))
         work = _Buffers(p, self)
         for block in _blocks(p, plan, self):
@@ -60,7 +60,7 @@ class StridedWalk:
             for target, grad in zip((dk, dv), grads[1:]):
                 rows = block.key_rows(target)
                 rows.add_(grad) if shared else rows.copy_(grad)
-        return Gradients(dq, dk.to(p.k.dtype), dv.to(p.v.dtype))
+        return Gradients(dq, dk.to(p.result_dtype), dv.to(p.result_dtype))
 
     def _lse_apart(
         self, p: Problem, plan: StridedPlan, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor

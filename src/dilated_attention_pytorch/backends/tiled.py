@@ -42,9 +42,9 @@ class TiledWalk:
     gathered_rows: int
 
     def forward(self, problem: Problem, plan: TilePlan) -> tuple[Tensor, Tensor]:
-        """Out (B, Nq, H, D) in q's dtype and lse (B, H, Nq) in the accumulate dtype."""
+        """Out (B, Nq, H, D) in the dtype of results and lse (B, H, Nq) in the accumulate dtype."""
         p = problem
-        out = empty(p.q.shape, p.q.dtype, p.q.device)
+        out = empty(p.q.shape, p.result_dtype, p.q.device)
         lse = empty((p.batch, p.num_heads, p.query_length), p.accumulate_dtype, p.q.device)
         if p.q.numel() == 0 or p.k.numel() == 0:
             return out.zero_(), lse.fill_(-torch.inf)
@@ -60,7 +60,7 @@ class TiledWalk:
     ) -> Gradients:
         """The gradients through the plan's pairs, given the global out and lse."""
         p = problem
-        grads = Gradients(*(empty(x.shape, x.dtype, x.device) for x in (p.q, p.k, p.v)))
+        grads = Gradients(*(empty(x.shape, p.result_dtype, x.device) for x in (p.q, p.k, p.v)))
         if p.q.numel() == 0 or p.k.numel() == 0:
             return Gradients(*(x.zero_() for x in grads[:3]))
         work = _Buffers(p, plan, self, 0 if dlse is None else self.kernel.columns)

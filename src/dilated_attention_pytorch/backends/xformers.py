@@ -69,7 +69,10 @@ class XformersKernel(Kernel):
 
 
 class XformersBackend(Backend):
-    """xFormers' memory-efficient attention, one call per piece of a StridedPlan."""
+    """xFormers' memory-efficient attention, one call per piece of a StridedPlan.
+
+    Its kernels round the results of a piece, so those of a partial problem are sums of rounded pieces in float32.
+    """
 
     name = "xformers"
     plans = (StridedPlan,)

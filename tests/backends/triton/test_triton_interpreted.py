@@ -18,7 +18,7 @@ GROUPS = {
     "heads": "torchscale head_groups same_branch_twice grouped mixed_bounds documents documents_cut documents_batched",
     "rows": "padded padded_whole placed beyond values_wider last_dim_strided expanded fused half:documents",
     "numbers": "slopes table one_table dropout dropout_grouped dropout_words negative_scale zero_scale half:odd_causal",
-    "laws": "laws wrong_plan large_offsets head_dim_40 default_blocks crossing whole_tiles_twice",
+    "laws": "laws wrong_plan large_offsets head_dim_40 default_blocks crossing whole_tiles_twice partial:paper",
     "packed": "packed",
 }
 

@@ -46,6 +46,8 @@ class FlexOptions(Options):
 class FlexBackend(Backend):
     """Any pattern through FlexAttention: counts as score_mod and mask_mod, tiles as its BlockMask.
 
+    Its kernels round their results, so those of a partial problem are rounded numbers in float32.
+
     Example:
         >>> from dilated_attention_pytorch.patterns import Causal
         >>> from dilated_attention_pytorch.plans import tile_plan
@@ -115,7 +117,7 @@ class FlexBackend(Backend):
             return _nothing_seen(problem)
         out, found = self._call(problem, plan, (problem.q, problem.k, problem.v))
         assert found is not None
-        return out, found.to(problem.accumulate_dtype).contiguous()
+        return out.to(problem.result_dtype), found.to(problem.accumulate_dtype).contiguous()
 
     def out(self, problem: Problem, plan: Plan) -> Tensor:
         """Out (B, Nq, H, Dv) alone, for inference: lse is not computed, so compiled kernels serve the CPU too.
@@ -125,7 +127,7 @@ class FlexBackend(Backend):
         if isinstance(plan, OrderedPlan):
             return plan.order.restored_queries(self.out(plan.order.applied(problem), plan.tiles), 1)
         if problem.key_length == 0:
-            return _nothing_seen(problem)[0]
+            return _nothing_seen(problem)[0].to(problem.q.dtype)
         return self._call(problem, plan, (problem.q, problem.k, problem.v), with_lse=False)[0]
 
     def backward(
@@ -138,7 +140,7 @@ class FlexBackend(Backend):
         if isinstance(plan, OrderedPlan):
             return backward_in_order(self, problem, plan, dout, dlse, out, lse)
         if problem.key_length == 0:
-            dq, dk, dv = (x.new_zeros(x.shape) for x in _leaves(problem))
+            dq, dk, dv = (x.new_zeros(x.shape, dtype=problem.result_dtype) for x in _leaves(problem))
             return Gradients(dq, dk, dv)
         dtype = problem.accumulate_dtype
         with _recording():
@@ -154,7 +156,7 @@ class FlexBackend(Backend):
             grad_out = (share.transpose(1, 2).unsqueeze(-1) * grad).to(own_out.dtype)
         with _recording():
             grads = torch.autograd.grad((own_out, own_lse), leaves, (grad_out, grad_lse.to(own_lse.dtype)))
-        dq, dk, dv = (x.contiguous() for x in grads)
+        dq, dk, dv = (x.to(problem.result_dtype).contiguous() for x in grads)
         return Gradients(dq, dk, dv)
 
     def _call(
@@ -194,7 +196,7 @@ def _leaves(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 def _nothing_seen(problem: Problem) -> tuple[Tensor, Tensor]:
     p = problem
-    out = p.q.new_zeros((p.batch, p.query_length, p.num_heads, p.v.shape[3]))
+    out = p.q.new_zeros((p.batch, p.query_length, p.num_heads, p.v.shape[3]), dtype=p.result_dtype)
     lse = p.q.new_full((p.batch, p.num_heads, p.query_length), -torch.inf, dtype=p.accumulate_dtype)
     return out, lse
 

@@ -96,10 +96,14 @@ class NativeBackend(Backend):
         if isinstance(plan, OrderedPlan):
             return forward_in_order(self, problem, plan)
         p = problem
-        out = empty((p.batch, p.query_length, p.num_heads, p.v.shape[3]), p.q.dtype, "cpu")
+        out = empty((p.batch, p.query_length, p.num_heads, p.v.shape[3]), p.result_dtype, "cpu")
         lse = empty((p.batch, p.num_heads, p.query_length), torch.float32, "cpu")
         call = _Call(self.options, p, plan)
-        call.native.out, call.native.lse = Array.of_rows(out), Array.of_lse(lse)
+        call.native.out, call.native.lse, call.native.out_dtype = (
+            Array.of_rows(out),
+            Array.of_lse(lse),
+            DTYPES[out.dtype],
+        )
         call.run("da_forward")
         return out, lse
 
@@ -110,18 +114,19 @@ class NativeBackend(Backend):
             return backward_in_order(self, problem, plan, dout, dlse, out, lse)
         p = problem
         grads = [torch.zeros(x.shape, dtype=torch.float32) for x in (p.q, p.k, p.v)]
-        dout, out = _rows(dout), _rows(out)
+        dout, out = _rows(dout.to(p.q.dtype)), _rows(out)
         lse = lse.contiguous()
         delta = empty(lse.shape, torch.float32, "cpu")
         call = _Call(self.options, p, plan)
         n = call.native
+        n.out_dtype = DTYPES[out.dtype]
         n.out, n.dout, n.lse, n.delta = Array.of_rows(out), Array.of_rows(dout), Array.of_lse(lse), Array.of_lse(delta)
         if dlse is not None:
             dlse = dlse.to(torch.float32)
             n.dlse = Array.of_lse(dlse)
         n.dq, n.dk, n.dv = (Array.of_rows(x) for x in grads)
         call.run("da_backward")
-        return Gradients(*(x.to(p.q.dtype) for x in grads))
+        return Gradients(*(x.to(p.result_dtype) for x in grads))
 
 
 def _rows(x: Tensor) -> Tensor:

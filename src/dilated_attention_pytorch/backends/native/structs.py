@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 """Of source/native.c; a library of another number is refused."""
 
 _int = ctypes.c_int64
@@ -60,7 +60,10 @@ class NativeProblem(ctypes.Structure):
 
     _fields_ = (
         ("team", _pointer),
-        *((name, _int) for name in ("dtype", "batch", "queries", "keys", "heads", "group", "dim", "value_dim")),
+        *(
+            (name, _int)
+            for name in ("dtype", "out_dtype", "batch", "queries", "keys", "heads", "group", "dim", "value_dim")
+        ),
         *((name, _int) for name in ("pack_keys", "part_rows", "parts", "threads")),
         ("scale", ctypes.c_double),
         *((name, Array) for name in ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "delta")),

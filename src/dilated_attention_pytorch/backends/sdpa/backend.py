@@ -52,7 +52,11 @@ class SdpaOptions(Options):
 
 
 class SdpaBackend(Backend):
-    """PyTorch's own fused kernels: on pieces of strided and tile plans, or one masked call for a short DensePlan."""
+    """PyTorch's own fused kernels: on pieces of strided and tile plans, or one masked call for a short DensePlan.
+
+    On a CPU half types are computed in float32. CUDA's kernels round the results of a piece, so those of a partial
+    problem are sums of rounded pieces in float32 there.
+    """
 
     name = "sdpa"
     plans = (StridedPlan, OrderedPlan, TilePlan, DensePlan)

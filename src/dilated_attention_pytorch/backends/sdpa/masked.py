@@ -12,12 +12,12 @@ from dilated_attention_pytorch.problem import Problem
 
 
 def masked_forward(problem: Problem, log_counts: Tensor, kernel: Kernel, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(out, lse) of every query against every key; computed in ``dtype``."""
+    """(out, lse) of every query against every key; computed in ``dtype``, out in that of the problem's results."""
     q, k, v = _heads_first(problem, dtype)
     out, lse = kernel.forward(q, k, v, problem.scale, False, log_counts.to(dtype))
     unseen = _unseen(log_counts)
     out = out.masked_fill(unseen.unsqueeze(-1), 0).transpose(1, 2)
-    return out.to(problem.q.dtype).contiguous(), lse.masked_fill(unseen, -torch.inf).contiguous()
+    return out.to(problem.result_dtype).contiguous(), lse.masked_fill(unseen, -torch.inf).contiguous()
 
 
 def masked_backward(
@@ -43,7 +43,7 @@ def masked_backward(
     dq, dk, dv = (x[..., : p.q.shape[3]].transpose(1, 2).contiguous() for x in grads)
     if p.kv_group > 1:
         dk, dv = (x.unflatten(2, (-1, p.kv_group)).sum(3) for x in (dk, dv))
-    dq, dk, dv = (x.to(p.q.dtype).contiguous() for x in (dq, dk, dv))  # the operator's fake kernel promises it
+    dq, dk, dv = (x.to(p.result_dtype).contiguous() for x in (dq, dk, dv))  # the operator's fake kernel promises it
     return Gradients(dq, dk, dv)
 
 

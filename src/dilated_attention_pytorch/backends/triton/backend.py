@@ -89,7 +89,7 @@ class TritonBackend(Backend):
         if isinstance(plan, OrderedPlan):
             return forward_in_order(self, problem, plan)
         p, common = problem, common_arguments(problem, interpreting())
-        out = empty((p.batch, p.query_length, p.num_heads, p.v.shape[3]), p.q.dtype, p.q.device)
+        out = empty((p.batch, p.query_length, p.num_heads, p.v.shape[3]), p.result_dtype, p.q.device)
         lse = empty((p.batch, p.num_heads, p.query_length), torch.float32, p.q.device)
         for call in calls(p, plan, "forward", self.options):
             run(_kernel(call.kernel), p, call.grid, common | call.arguments | {"OUT": out, "LSE": lse})
@@ -105,7 +105,7 @@ class TritonBackend(Backend):
         call = statistics_call(p, unit_stride(out), lse, dout, dlse)
         run(_kernel(call.kernel), p, call.grid, call.arguments)
         common |= {"DOUT": dout, **strides("g", dout)} | {name: call.arguments[name] for name in ("ORIGIN", "DELTA")}
-        dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (p.q, p.k, p.v))
+        dq, dk, dv = (empty(x.shape, p.result_dtype, x.device) for x in (p.q, p.k, p.v))
         common |= {"DQ": dq, "DK": dk, "DV_OUT": dv, "softmax_scale": p.scale}
         for task in ("queries", "keys"):
             for call in calls(p, plan, task, self.options):

@@ -169,14 +169,15 @@ static void backward_scatter(const Problem *c, const Work *w, int64_t sample, in
 
 /* delta = <dout, out> - dlse for some rows of one sample and head. */
 static void delta_unit(const Problem *c, int64_t unit) {
-  int64_t blocks = ceil_div(c->queries, DELTA_ROWS), block = unit % blocks, size = item(c->dtype);
+  int64_t blocks = ceil_div(c->queries, DELTA_ROWS), block = unit % blocks;
   int64_t head = unit / blocks % c->heads, sample = unit / (blocks * c->heads);
-  int dtype = (int)c->dtype;
+  int dtype = (int)c->dtype, out_dtype = (int)c->out_dtype;
   for (int64_t row = block * DELTA_ROWS; row < least((block + 1) * DELTA_ROWS, c->queries); row++) {
-    const char *o = at_row(&c->out, size, sample, row, head), *g = at_row(&c->dout, size, sample, row, head);
+    const char *o = at_row(&c->out, item(out_dtype), sample, row, head);
+    const char *g = at_row(&c->dout, item(dtype), sample, row, head);
     vf sum = {0};
     for (int64_t d = 0; d < c->value_dim; d += W)
-      sum += load_row(o, d, c->value_dim - d, dtype) * load_row(g, d, c->value_dim - d, dtype);
+      sum += load_row(o, d, c->value_dim - d, out_dtype) * load_row(g, d, c->value_dim - d, dtype);
     float total = c->dlse.data ? -*(const float *)at_row(&c->dlse, 4, sample, row, head) : 0;
     for (int i = 0; i < W; i++) total += sum[i];
     *(float *)at_row(&c->delta, 4, sample, row, head) = total;

@@ -25,7 +25,7 @@
 #define FENCE(at) (void)(at)
 #endif
 
-#define ABI 2
+#define ABI 3
 enum { DONE = 0, NO_MEMORY = 1 };
 
 /* Work memory of one thread, 64-byte aligned parts of one block; 0 when there is none left. */
@@ -40,7 +40,7 @@ static int take_work(Work *w, const Problem *c, int is_backward) {
   }
   int64_t sizes[] = {
       d4 * QB, most(d4, v4) * QB, KB * QB, pack_rows * d4, pack_rows * v4, QB, QB, QB, w->slots * 2,
-      c->dtype != F32 && !is_backward && !c->is_tiled ? least(c->part_rows, c->queries) * c->value_dim : 0,
+      c->out_dtype != F32 && !is_backward && !c->is_tiled ? least(c->part_rows, c->queries) * c->value_dim : 0,
       is_backward ? v4 * QB : 0, is_backward ? KB * QB : 0, is_backward ? QB * width : 0,
       is_backward ? QB * width_v : 0, is_backward ? pack_rows * width : 0, is_backward ? pack_rows * width_v : 0,
   };

@@ -47,7 +47,7 @@ typedef void (*Team)(void (*work)(void *), void *data, unsigned threads, unsigne
 
 typedef struct {
   Team team; /* or NULL: threads are started for the call */
-  int64_t dtype, batch, queries, keys, heads, group, dim, value_dim;
+  int64_t dtype, out_dtype, batch, queries, keys, heads, group, dim, value_dim; /* out may be float32 beside halves */
   int64_t pack_keys, part_rows, parts, threads;
   double scale;
   Array q, k, v, out, lse, dout, dlse, dq, dk, dv, delta; /* lse, dlse, delta, dq, dk, dv are float32 */

@@ -119,10 +119,9 @@ static void forward_strided(const Problem *c, Work *w, int64_t unit) {
   int64_t part = local % parts, head = chunk->head + local / parts % chunk->heads * chunk->head_step;
   int64_t sample = chunk->first_sample + local / (parts * chunk->heads);
   int64_t low = chunk->q_low + part * c->part_rows, high = least(low + c->part_rows, chunk->q_high);
-  int64_t size = item(c->dtype);
-  char *out = at_row(&c->out, size, sample, low, head);
+  char *out = at_row(&c->out, item(c->out_dtype), sample, low, head);
   State state = {out, c->out.token, low, (float *)at_row(&c->lse, 4, sample, 0, head), c->lse.token};
-  if (c->dtype != F32) state.rows = (char *)w->state, state.stride = c->value_dim;
+  if (c->out_dtype != F32) state.rows = (char *)w->state, state.stride = c->value_dim;
   if (!chunk->complete)
     for (int64_t row = low; row < high; row++) {
       memset(state_row(&state, row), 0, (size_t)c->value_dim * 4);
@@ -135,10 +134,10 @@ static void forward_strided(const Problem *c, Work *w, int64_t unit) {
       if (cut_segment(chunk, piece, s, low, high, chunk->k_low, chunk->k_high, &seg))
         forward_segment(c, w, &state, sample, head, &seg, (int)piece->fresh);
   }
-  if (c->dtype != F32)
+  if (c->out_dtype != F32)
     for (int64_t row = low; row < high; row++)
       for (int64_t d = 0; d < c->value_dim; d += W)
-        store_row(out, (row - low) * c->out.token + d, c->value_dim - d, (int)c->dtype,
+        store_row(out, (row - low) * c->out.token + d, c->value_dim - d, (int)c->out_dtype,
                   load_row(state_row(&state, row), d, c->value_dim - d, F32));
 }
 

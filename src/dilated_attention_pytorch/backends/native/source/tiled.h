@@ -87,7 +87,7 @@ static void forward_tile(const Problem *c, Work *w, int64_t sample, int64_t head
       forward_run(w, c->dim, dim_v, w->k + place * c->dim, c->dim, w->v + place * dim_v, dim_v,
                   least(c->block_k, c->keys - key_row), &rule, n);
     }
-  finish(w, at_row(&c->out, size, sample, row, head), c->out.token, (int)c->dtype,
+  finish(w, at_row(&c->out, item(c->out_dtype), sample, row, head), c->out.token, (int)c->out_dtype,
          (float *)at_row(&c->lse, 4, sample, row, head), c->lse.token, n, c->value_dim);
 }
 
