@@ -1,0 +1,165 @@
+"""LongNet's own scheme (arXiv 2307.02486, section 3): of a branch longer than a shard only the rows on its grid travel.
+
+A rank computes with its own keys while one all-to-all brings the rows of others that its queries see, of all branches
+together. What came is then dense problems in places of the grids, whose results are merged into the rank's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch import attention
+from dilated_attention_pytorch.backends import Gradients
+from dilated_attention_pytorch.merging import merge, merge_into
+from dilated_attention_pytorch.parallel.grids import Term, terms
+from dilated_attention_pytorch.parallel.parcels import Bundle, GatherPlan, gather_plan, traffic_rows
+from dilated_attention_pytorch.parallel.runs import partial_backward, partial_forward
+from dilated_attention_pytorch.parallel.traffic import Traffic
+from dilated_attention_pytorch.parallel.wire import start_all_to_all
+from dilated_attention_pytorch.parallel.world import World
+from dilated_attention_pytorch.patterns import Pattern
+from dilated_attention_pytorch.problem import Problem, positions_end
+from dilated_attention_pytorch.scores import Softcap
+
+MOST_RUNS = 1024
+"""Runs of a rank's rows at most: plans are made of runs."""
+
+
+def reasons_against(problem: Problem, pattern: Pattern, world: World) -> list[str]:
+    """Why a gather cannot compute this; empty means it can."""
+    reasons = []
+    if pattern.branches() is None:
+        reasons.append("gather needs a pattern in closed form (Full, Causal, Window, Dilated, longnet, Documents.of)")
+    if problem.score is not None and not isinstance(problem.score, Softcap):
+        reasons.append("gather has no score rules that read positions: a grid's rows are numbered anew")
+    if problem.bias is not None:
+        reasons.append("gather has no bias")
+    if problem.dropout_p > 0:
+        reasons.append("gather has no dropout: it draws by positions, and a grid's rows are numbered anew")
+    most = max(len(runs) for runs in (*world.queries, *world.keys))
+    if most > MOST_RUNS:
+        reasons.append(f"gather plans by runs of rows, and a rank's stand in {most}, more than {MOST_RUNS}")
+    return reasons
+
+
+def traffic(problem: Problem, pattern: Pattern, world: World) -> Traffic:
+    """Bytes that this rank receives: rows of keys and values forward, their gradients for its own rows backward.
+
+    A row travels once for each branch whose queries there see it, in the problem's dtype; gradients travel in the
+    accumulate dtype. Read from shapes and positions alone.
+    """
+    received, sent = traffic_rows(_terms(problem, pattern, world), world.rank, world.queries, world.keys)
+    width = problem.k.shape[3] + problem.v.shape[3]
+    sizes = (dtype.itemsize for dtype in (problem.k.dtype, problem.accumulate_dtype))
+    return Traffic(*(rows * width * size for rows, size in zip((received, sent), sizes)))
+
+
+def forward(
+    problem: Problem, pattern: Pattern, world: World, backend: str = "auto"
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """(out, lse) of this rank's queries in the accumulate dtype, and the rows that came, which backward wants again."""
+    p = problem
+    if world.group is None:
+        return *partial_forward(p, pattern, backend), ()
+    plan = _plan(p, pattern, world)
+    place = plan.sent_rows(p.k.device)
+    wire = torch.cat((p.k[place], p.v[place]), -1)  # (rows, D + Dv)
+    pending, came = start_all_to_all(world.group, wire, plan.send_counts, plan.receive_counts)
+    out, lse = partial_forward(p, pattern, backend)
+    pending.wait()
+    for bundle in plan.bundles:
+        rows = _Rows(bundle, p)
+        part_out, part_lse = attention.forward(rows.problem(came), bundle.shape.pattern, backend=backend)
+        own_out, own_lse = out[rows.queries], lse[rows.lse]
+        if bundle.shape.sees_all:
+            merge_into(own_out.transpose(1, 2), own_lse, part_out.transpose(1, 2), part_lse)
+        else:  # a row may see nothing
+            own_out, own_lse = merge((own_out, own_lse), (part_out, part_lse))
+        out[rows.queries], lse[rows.lse] = own_out, own_lse
+    return out, lse, (came,)
+
+
+def backward(
+    problem: Problem,
+    pattern: Pattern,
+    world: World,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: tuple[Tensor, ...],
+    backend: str = "auto",
+) -> Gradients:
+    """The gradients of this rank's rows in the accumulate dtype; those of rows that came go back to their ranks."""
+    p = problem
+    if world.group is None:
+        return partial_backward(p, pattern, dout, dlse, out, lse, backend)
+    plan, (came,) = _plan(p, pattern, world), kept
+    shares = []
+    back = torch.zeros(came.shape, dtype=p.accumulate_dtype, device=came.device)
+    for bundle in plan.bundles:
+        rows = _Rows(bundle, p)
+        own_dlse = None if dlse is None else dlse[rows.lse]
+        grads = attention.backward(
+            rows.problem(came),
+            bundle.shape.pattern,
+            dout[rows.queries],
+            own_dlse,
+            out[rows.queries],
+            lse[rows.lse],
+            backend=backend,
+        )
+        shares.append((rows.queries, grads.q))
+        back[rows.keys] += torch.cat((grads.k, grads.v), -1).squeeze(2)
+    pending, returned = start_all_to_all(world.group, back, plan.receive_counts, plan.send_counts)
+    own = partial_backward(p, pattern, dout, dlse, out, lse, backend)
+    for place, share in shares:
+        own.q[place] += share
+    place = plan.sent_rows(p.k.device)
+    pending.wait()
+    dk, dv = returned.split((p.k.shape[3], p.v.shape[3]), -1)
+    own.k.index_put_(place, dk, accumulate=True)
+    own.v.index_put_(place, dv, accumulate=True)
+    return own
+
+
+class _Rows:
+    """Where the rows of a bundle stand in the problem's tensors and in what came."""
+
+    def __init__(self, bundle: Bundle, problem: Problem) -> None:
+        device = problem.q.device
+        sample, head = bundle.samples.to(device), bundle.heads.to(device)
+        row = bundle.queries.expand(device)
+        self._bundle, self._problem = bundle, problem
+        self.queries = sample[:, None, None], row[:, :, None], head[:, None, :]  # (E, n, t)
+        self.lse = sample[:, None, None], head[:, :, None], row[:, None, :]  # (E, t, n)
+        self.keys = bundle.keys.expand(device)  # (E, m)
+
+    def problem(self, came: Tensor) -> Problem:
+        """The dense problem: a sample for each entry, one kv head."""
+        p, shape = self._problem, self._bundle.shape
+        k, v = came[self.keys].unsqueeze(2).split((p.k.shape[3], p.v.shape[3]), -1)  # (E, m, 1, D)
+        return replace(
+            p,
+            q=p.q[self.queries],
+            k=k,
+            v=v,
+            query_positions=(shape.queries,),
+            key_positions=(shape.keys,),
+            key_lengths=None,
+            of_heads=None,
+            partial=True,
+        )
+
+
+def _plan(problem: Problem, pattern: Pattern, world: World) -> GatherPlan:
+    return gather_plan(_terms(problem, pattern, world), world.rank, world.queries, world.keys)
+
+
+def _terms(problem: Problem, pattern: Pattern, world: World) -> tuple[Term, ...]:
+    branches = pattern.branches()
+    assert branches is not None, "reasons_against says so"
+    return terms(branches, problem, max(map(positions_end, (*world.queries, *world.keys))))
