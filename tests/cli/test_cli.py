@@ -148,7 +148,7 @@ def test_a_run_in_two_parts_equals_one_in_one_part(text: Path, tmp_path: Path, m
     steps = loop._steps
     with monkeypatch.context() as patch:
         count: list[int] = []
-        patch.setattr(loop, "_steps", lambda *a: steps(*a[:4], lambda step: count.append(1), lambda: len(count) >= 3))
+        patch.setattr(loop, "_steps", lambda *a: steps(*a[:5], lambda step: count.append(1), lambda: len(count) >= 3))
         assert call("train", "--run", str(tmp_path / "two"), *arguments).exit_code == 128
     assert call("train", "--resume", str(tmp_path / "two")).exit_code == 0
     one, two = (LongNetLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))

@@ -22,3 +22,9 @@ def show_log(level: str) -> None:
     logger.setLevel(level.upper())
     logger.propagate = False
     logger.handlers = [RichHandler(console=err, show_path=False, markup=False)]
+
+
+def name_rank(rank: int) -> None:
+    """Log lines of this process begin with the number of its rank."""
+    for handler in logging.getLogger(LOGGER).handlers:
+        handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))

@@ -245,8 +245,8 @@ class LongNetLM(PretrainedModel):
         if rows is not None:
             return self._embedded_shard(seen, self.convolution, documents, rows)
         near = seen[:, -(count + self.convolution.width - 1) :]
-        rows: Tensor = self.convolution(self.embedding(near) * self.config.d_model**0.5, documents)
-        return rows[:, rows.shape[1] - count :]
+        out: Tensor = self.convolution(self.embedding(near) * self.config.d_model**0.5, documents)
+        return out[:, out.shape[1] - count :]
 
     def _embedded_shard(
         self, shard: Tensor, convolution: ShortConvolution, documents: Documents | None, rows: ShardRows

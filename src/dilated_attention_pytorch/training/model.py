@@ -10,6 +10,7 @@ from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.models.config import LongNetLMConfig
 from dilated_attention_pytorch.models.longnet import LongNetLM
 from dilated_attention_pytorch.training.files import read_json
+from dilated_attention_pytorch.training.ranks import Ranks
 from dilated_attention_pytorch.training.run import Run
 
 BYTES = 256  # one token per byte value
@@ -47,6 +48,23 @@ def build_model(run: Run) -> LongNetLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.settings.seed)
         return LongNetLM.from_config(config)
+
+
+def gathered_model(model: LongNetLM, ranks: Ranks) -> LongNetLM | None:
+    """The model that `ranks` hold together, whole on the first of them and None on the others, which all call it.
+
+    One process gets its own model back.
+    """
+    if ranks.size == 1:
+        return model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not ranks.is_first:
+        return None
+    whole = LongNetLM.from_config(model.config, device="meta")
+    whole.load_state_dict(weights, assign=True)
+    return whole.to(next(model.parameters()).device)
 
 
 def finished_model(run: Run, device: str | None = None) -> LongNetLM:

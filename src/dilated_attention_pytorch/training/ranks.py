@@ -8,9 +8,10 @@ one sequence hold parts of one gradient, so the sum over all ranks is wanted any
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -19,12 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
 from torch.nn.parallel import DistributedDataParallel
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.transformer import DilatedTransformerEncoderLayer
-from dilated_attention_pytorch.training.settings import TrainingSettings
+from dilated_attention_pytorch.parallel.layouts import LAYOUTS
+from dilated_attention_pytorch.training.settings import COMPRESSIONS, TrainingSettings
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.parallel.context import ContextParallel
@@ -41,7 +45,8 @@ log = logging.getLogger("dilated_attention_pytorch")
 class Ranks:
     """The ranks of one training, and which of them this process is; by default one process, which sends nothing.
 
-    ``mesh`` has the dims "data" and "context"; ``context`` is how a sequence is shared, None when it is not.
+    ``mesh`` has the dims "data" and "context"; ``context`` is how a sequence is shared, None when it is not. Whoever
+    waits for another longer than ``timeout`` gets an exception.
 
     Example:
         >>> ALONE.is_first, ALONE.any(True), ALONE.on_first(lambda: 3)
@@ -52,6 +57,7 @@ class Ranks:
     size: int = 1
     mesh: DeviceMesh | None = None
     context: ContextParallel | None = None
+    timeout: timedelta = default_pg_timeout
 
     @property
     def is_first(self) -> bool:
@@ -130,7 +136,8 @@ def form_ranks(settings: TrainingSettings, timeout: timedelta | None = None) -> 
 
     ``timeout`` is that of the groups made here; None is torch's. Raises InvalidInput as `check_sharing` does.
     """
-    size = _world_size()
+    timeout = default_pg_timeout if timeout is None else timeout
+    size = world_size()
     check_sharing(settings, size)
     if size == 1:
         return ALONE
@@ -140,10 +147,10 @@ def form_ranks(settings: TrainingSettings, timeout: timedelta | None = None) -> 
     context, _ = dist.new_subgroups_by_enumeration(numbers.tolist(), timeout=timeout)
     mesh = DeviceMesh.from_group([data, context], settings.device, mesh=numbers, mesh_dim_names=("data", "context"))
     if settings.context_parallel == 1:
-        return Ranks(rank, size, mesh)
+        return Ranks(rank, size, mesh, timeout=timeout)
     from dilated_attention_pytorch.parallel.context import ContextParallel
 
-    return Ranks(rank, size, mesh, ContextParallel(mesh=mesh["context"], layout=settings.layout))
+    return Ranks(rank, size, mesh, ContextParallel(mesh=mesh["context"], layout=settings.layout), timeout)
 
 
 def check_sharing(settings: TrainingSettings, size: int) -> None:
@@ -162,12 +169,36 @@ def check_sharing(settings: TrainingSettings, size: int) -> None:
             f"`torchrun --nproc-per-node {max(parts, 2)} -m dilated_attention_pytorch.cli train ...`"
         )
     if size % parts != 0:
-        raise InvalidInput(f"context_parallel {parts} must divide the number of processes, {size}")
+        raise InvalidInput(f"context_parallel {parts} must divide the number of processes, {size}; set another")
     if settings.batch_size % (size // parts) != 0:
         raise InvalidInput(
             f'batch_size {settings.batch_size} cannot be dealt over {size // parts} ranks of "data" ({size} processes '
             f"by context_parallel {parts}); set batch_size to a multiple of {size // parts}"
         )
+
+
+def shared_anew(settings: TrainingSettings, sharing: Mapping[str, Any], size: int) -> TrainingSettings:
+    """The settings of a run that goes on with `size` processes: ``sharing`` replaces what it names of how they share.
+
+    A process alone shares nothing, however the run was begun. Raises InvalidInput for values that cannot work.
+
+    Example:
+        >>> begun = TrainingSettings(context_parallel=4, layout="zigzag")
+        >>> shared_anew(begun, {}, 1).context_parallel, shared_anew(begun, {"context_parallel": 2}, 2).layout
+        (1, 'contiguous')
+    """
+    alone = {"context_parallel": 1, "parallel": settings.parallel} if size == 1 else {}
+    sharing = alone | dict(sharing)
+    if "context_parallel" in sharing:
+        sharing = {"layout": LAYOUTS[0]} | sharing
+    if "parallel" in sharing:
+        sharing = {"gradient_compression": COMPRESSIONS[0]} | sharing
+    return dataclasses.replace(settings, **sharing)
+
+
+def world_size() -> int:
+    """How many processes have joined; 1 for one that is alone."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def launched() -> bool:
@@ -176,26 +207,24 @@ def launched() -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: str, timeout: timedelta) -> Iterator[None]:
+def joined(device: str, timeout: timedelta, store: Store | None = None) -> Iterator[None]:
     """Inside, the processes that torchrun started form the default process group: gloo, and NCCL on GPUs.
 
     A process that was started alone stays alone. Whoever waits longer than ``timeout`` for another gets an exception.
+    They find each other through ``store``; None is torchrun's own, which serves once.
     """
     if not launched():
         yield
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(BACKENDS[device], timeout=timeout)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(BACKENDS[device], timeout=timeout, store=store, rank=rank, world_size=size)
     log.info("rank %d of %d has joined", dist.get_rank(), dist.get_world_size())
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _replicated(model: nn.Module, settings: TrainingSettings) -> DistributedDataParallel:
