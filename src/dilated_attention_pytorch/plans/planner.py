@@ -77,7 +77,7 @@ def candidate_plans(
         str(problem.q.device),
         problem.accumulate_dtype,
         pattern.text(),
-        tuple(map(_digest, pattern.tables)),
+        tuple(map(digest, pattern.tables)),
         (problem.batch, problem.num_heads),
         problem.query_positions,
         problem.key_positions,
@@ -106,7 +106,7 @@ def candidate_plans(
     return plans
 
 
-def _digest(table: Tensor) -> tuple[object, ...]:
+def digest(table: Tensor) -> tuple[object, ...]:
     """What tells tables apart: shape, dtype and a hash of the numbers."""
     numbers = hashlib.blake2b(table.detach().cpu().contiguous().numpy().data, digest_size=16).digest()
     return tuple(table.shape), table.dtype, numbers
