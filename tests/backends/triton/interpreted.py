@@ -26,6 +26,7 @@ from dilated_attention_pytorch.testing.contract import (
     LIMITS,
     ContractReport,
     ContractViolation,
+    HalfLimits,
     check_case,
     check_large_offsets,
     check_packed,
@@ -121,8 +122,10 @@ def check_value(small: Case, dtype: torch.dtype, splits: tuple[str, ...], blocks
     problem = small.problem(dtype)
     dout, dlse = cotangents(problem)
     expected = truth(problem, small.pattern, dout, dlse)
-    half = dtype not in LIMITS
-    limits = plain(problem, small.pattern, dout, dlse).errors(expected, dout) if half else {}
+    limits = None
+    if dtype not in LIMITS:
+        yardstick = plain(problem, small.pattern, dout, dlse).errors(expected, dout)
+        limits = HalfLimits(problem, small.pattern, yardstick)
     runs = 0
     for plan in plans_of(problem, small.pattern):
         for split in splits if isinstance(plan, StridedPlan) else splits[:1]:
@@ -133,7 +136,7 @@ def check_value(small: Case, dtype: torch.dtype, splits: tuple[str, ...], blocks
             if not torch.equal(found.lse == -torch.inf, expected.lse == -torch.inf):
                 raise ContractViolation(f"{name}: lse is not -inf exactly in the rows that see no key")
             for part, error in found.errors(expected, dout).items():
-                limit = 2 * limits[part] + torch.finfo(dtype).eps / 2 if half else LIMITS[dtype]
+                limit = LIMITS[dtype] if limits is None else limits.of(part, found, expected, dout, error)
                 if not error <= limit:
                     raise ContractViolation(f"{name}: error of {part} is {error:.2e}, limit {limit:.2e}")
             runs += 1
