@@ -86,7 +86,7 @@ def attend(
     compat = NO_COMPAT if compat is None else compat
     if compat != NO_COMPAT:
         compat.check(pattern, key_padding_mask, score, dropout_p)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast_inputs(q, k, v)
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(q, k, v)
     seed = None
@@ -210,7 +210,7 @@ def _append_zero_keys(problem: Problem, pattern: Pattern, out: Tensor, lse: Tens
     return merge((out, lse), (torch.zeros_like(out), appended))
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts scaled_dot_product_attention's inputs: everything but float64 to the autocast dtype."""
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):

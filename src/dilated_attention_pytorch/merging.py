@@ -47,10 +47,11 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Merge a part into the running ``out (..., D)`` and ``lse (...)`` in place; every part_lse must be finite.
+    """Merge a part into the running ``out (..., D)`` and ``lse (...)`` in place.
 
-    The weight of the part is ``sigmoid(part_lse - lse)``: 1 where nothing was seen before, which `lerp` takes exactly.
+    The weight of the part is ``sigmoid(part_lse - lse)``: 1 where nothing was seen before, which `lerp` takes exactly,
+    and 0 where the part saw nothing (part_lse -inf).
     """
-    weight = torch.sigmoid(part_lse - lse)
+    weight = torch.sigmoid(part_lse - lse).masked_fill_(part_lse == -torch.inf, 0)
     out.lerp_(part_out, weight.unsqueeze(-1))
     lse.copy_(torch.logaddexp(lse, part_lse))

@@ -281,7 +281,7 @@ def _splits(term: Term, queries: Sequence[Run], keys: Sequence[Run]) -> Iterator
         if whole:
             yield Shape(False, None, Run(0, 1, q.length), Run(0, 1, sum(keys[b].length for b in whole))), [i], whole
         for joined, numbers in _joined(mixed, keys):
-            shape = _relative(term.is_causal, reach, q, joined)
+            shape = relative(term.is_causal, reach, q, joined)
             if shape is not None:
                 yield shape, [i], numbers
 
@@ -317,7 +317,7 @@ def _joined(numbers: Sequence[int], runs: Sequence[Run]) -> Iterator[tuple[Run, 
         yield whole, parts
 
 
-def _relative(is_causal: bool, reach: int | None, q: Run, k: Run) -> Shape | None:
+def relative(is_causal: bool, reach: int | None, q: Run, k: Run) -> Shape | None:
     """The problem of two runs, from place 0 and with step 1 where it can be; None where nothing is seen."""
     step = max(q.step if q.length > 1 else 1, k.step if k.length > 1 else 1)
     alike = all(run.length == 1 or run.step == step for run in (q, k))

@@ -1,0 +1,336 @@
+"""Attention whose tokens are dealt over ranks, as one call and as what layers take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from dilated_attention_pytorch.attention import attend, autocast_inputs
+from dilated_attention_pytorch.backends import Gradients, check_backend_name
+from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.parallel import gather, heads, ring
+from dilated_attention_pytorch.parallel.agreement import Agreed, Facts, agree, agree_on_padding
+from dilated_attention_pytorch.parallel.choice import choose_method
+from dilated_attention_pytorch.parallel.grouping import two_worlds
+from dilated_attention_pytorch.parallel.layouts import Layout, check_layout
+from dilated_attention_pytorch.parallel.sharding import resolve_flat_group, shard_sequence, unshard_sequence
+from dilated_attention_pytorch.parallel.world import World, rank_and_size
+from dilated_attention_pytorch.patterns import Documents, Pattern
+from dilated_attention_pytorch.plans.planner import digest
+from dilated_attention_pytorch.problem import Problem, Run, check_inputs, positions_tensor
+from dilated_attention_pytorch.scores import Score
+
+METHODS: Mapping[str, ModuleType] = {"ring": ring, "gather": gather, "all_to_all": heads}
+
+
+def context_parallel_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    group: dist.ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
+    layout: str = "contiguous",
+    method: str = "auto",
+    scale: float | None = None,
+    score: Score | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    query_start: int | None = None,
+    total_length: int | None = None,
+    total_key_length: int | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Any:
+    """`attend` of the whole sequence, of which each rank holds a shard and gets its shard of the output; exact.
+
+    ``q (B, n, H, D)``, ``k (B, m, Hkv, D)``, ``v (B, m, Hkv, Dv)``: this rank's rows, as `shard_sequence` gives them;
+    ranks may hold different numbers of rows, or none. Pattern, ``query_start`` and the tables of documents or blocks
+    speak of the whole sequence and are the same on every rank. Every rank of the group must call it, and its backward.
+
+    Args:
+        group: the ranks; the default group unless given. ``mesh``, a DeviceMesh, may name them instead; one of two dims
+            exchanges heads for tokens inside its rows (last dim) and uses ``method`` between them.
+        layout: which rows a rank holds: "contiguous", "zigzag" or "striped", see `Layout`.
+        method: "ring", "gather", "all_to_all", or "auto": the fewest bytes on the wire, see `choose_method`.
+        key_padding_mask: this rank's shard (B, m), True = padding, on the right of the whole; on all ranks or on none.
+        total_length: queries of all ranks together, and keys unless ``total_key_length`` is given. None finds both by
+            one small all-gather, in which ranks also check that they ask for the same. With a number nothing is
+            checked between ranks: ranks that differ then hang, until the group's time-out, or compute nonsense.
+
+    Other arguments and the result are those of `attend`, of this rank's rows. Without `torch.distributed`, and in a
+    group of one, it is `attend`.
+
+    Raises InvalidInput for what is illegal and NoBackend for a method that cannot, on every rank.
+
+    Example:
+        >>> from dilated_attention_pytorch import Causal
+        >>> x = torch.randn(1, 100, 4, 8)  # in a world of one
+        >>> context_parallel_attend(x, x, x, Causal(), layout="zigzag").shape
+        torch.Size([1, 100, 4, 8])
+    """
+    check_layout(layout)
+    check_backend_name(backend)
+    if method != "auto" and method not in METHODS:
+        raise InvalidInput(f"expected method to be one of 'auto', {', '.join(map(repr, METHODS))}. Got {method!r}.")
+    flat = resolve_flat_group(group, mesh)
+    options: dict[str, Any] = {"scale": scale, "score": score, "dropout_p": dropout_p}
+    if flat is None:
+        options |= {"key_padding_mask": key_padding_mask, "query_start": query_start, "backend": backend}
+        return attend(q, k, v, pattern, **options, return_lse=return_lse)
+    rank, size = rank_and_size(flat)
+    error = ""
+    try:
+        if not isinstance(pattern, Pattern):
+            raise InvalidInput(f"attend: expected a pattern such as Causal(). Got {type(pattern).__name__}.")
+        found, _ = check_inputs(q, k, v, **options, key_padding_mask=key_padding_mask, query_start=query_start or 0)
+        q, k, v = autocast_inputs(q, k, v)
+    except InvalidInput as problem_here:
+        if total_length is not None:
+            raise
+        error, found = str(problem_here), 0.0
+    seed = int(torch.randint(0, 2**62, (1,), device=q.device)) if dropout_p > 0 and not error else 0
+    if total_length is None:
+        alike = {} if error else _alike(q, k, v, pattern, options | {"scale": found, "query_start": query_start})
+        alike |= {"layout": layout, "method": method, "backend": backend}
+        alike["key_padding_mask"] = "none" if key_padding_mask is None else "given"
+        rows = (0, 0) if error else (q.shape[1], k.shape[1])
+        told = {name: alike.get(name, "") for name in _NAMES}
+        agreed = agree(flat, Facts(*rows, told, error, seed), layout, _device(q))
+    else:
+        if dropout_p > 0:
+            raise InvalidInput("context_parallel_attend: dropout needs one seed: leave total_length out, it is found.")
+        agreed = Agreed(total_length, total_length if total_key_length is None else total_key_length, seed)
+        _check_rows(q, k, layout, agreed, rank, size)
+    start = agreed.key_length - agreed.query_length if query_start is None else query_start
+    if start < 0:
+        raise InvalidInput(
+            f"attend: {agreed.query_length} queries on ranks 0 to {size - 1} are to be the last rows of "
+            f"{agreed.key_length} keys, which is not possible; pass query_start= to place them."
+        )
+    queries, keys = (
+        tuple(Layout(layout, length, size, first).positions(r) for r in range(size))
+        for length, first in ((agreed.query_length, start), (agreed.key_length, 0))
+    )
+    lengths = None
+    if key_padding_mask is not None:
+        lengths = agree_on_padding(flat, key_padding_mask, positions_tensor(keys[rank], k.device))
+        lengths = None if all(n == agreed.key_length for n in lengths) else lengths
+    problem = Problem(
+        q,
+        k,
+        v,
+        scale=found,
+        query_positions=queries[rank],
+        key_positions=keys[rank],
+        key_lengths=lengths,
+        score=score,
+        dropout_p=dropout_p,
+        seed=torch.tensor([agreed.seed], device=q.device) if dropout_p > 0 else None,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+    )
+    whole = (Run(start, 1, agreed.query_length),), (Run(0, 1, agreed.key_length),)
+    pattern.check(replace(problem, query_positions=whole[0], key_positions=whole[1]))
+    call = _call(problem, pattern, World(rank, queries, keys, flat), mesh, method, backend)
+    out, lse = _ContextAttention.apply(q, k, v, call)  # type: ignore[no-untyped-call]
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """How a model's tokens are dealt over ranks: what layers take as ``context_parallel``, and its tools.
+
+    Arguments are those of `context_parallel_attend`.
+
+    Example:
+        >>> from dilated_attention_pytorch import Causal
+        >>> context = ContextParallel(layout="zigzag")  # in a world of one
+        >>> x = context.shard(torch.randn(1, 10, 2, 8))
+        >>> context.unshard(context.attend(x, x, x, Causal())).shape
+        torch.Size([1, 10, 2, 8])
+    """
+
+    mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+    layout: str = "contiguous"
+    method: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_layout(self.layout)
+        if self.method != "auto" and self.method not in METHODS:
+            names = ", ".join(map(repr, METHODS))
+            raise InvalidInput(f"expected method to be one of 'auto', {names}. Got {self.method!r}.")
+        if self.mesh is not None and self.group is not None:
+            raise InvalidInput("expected group= or mesh=. Got both; leave one out.")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **options: Any) -> Any:
+        """`context_parallel_attend` over these ranks."""
+        return context_parallel_attend(q, k, v, pattern, **self._ranks, method=self.method, **options)
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's rows of ``x``, which every rank holds whole; see `shard_sequence`."""
+        return shard_sequence(x, dim=dim, **self._ranks)
+
+    def unshard(self, x: Tensor, dim: int = 1, length: int | None = None) -> Tensor:
+        """The whole of which each rank holds its rows; see `unshard_sequence`."""
+        return unshard_sequence(x, dim=dim, length=length, **self._ranks)
+
+    def positions(self, length: int, documents: Documents | None = None) -> Tensor:
+        """Where this rank's rows of ``length`` tokens stand, (n,) int64: what position encodings want.
+
+        With ``documents`` places inside the document of each row, (n,), or (B, n) for a batch of tables.
+        """
+        group = resolve_flat_group(self.group, self.mesh)
+        rank, size = rank_and_size(group)
+        places = positions_tensor(Layout(self.layout, length, size).positions(rank))
+        if documents is None:
+            return places
+        places = documents.locate(places.to(documents.lengths.device))[1]
+        return places.view(-1, places.shape[-1]) if places.dim() > 1 else places
+
+    @property
+    def _ranks(self) -> dict[str, Any]:
+        return {"group": self.group, "mesh": self.mesh, "layout": self.layout}
+
+
+_NAMES = (
+    "batch size",
+    "heads (H, Hkv)",
+    "head dims (D, Dv)",
+    "dtype",
+    "pattern",
+    "scale",
+    "score",
+    "dropout_p",
+    "query_start",
+    "layout",
+    "method",
+    "backend",
+    "key_padding_mask",
+)
+
+
+def _alike(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Mapping[str, Any]) -> dict[str, str]:
+    """What must be the same on every rank, in words."""
+    score = options["score"]
+    return {
+        "batch size": str(q.shape[0]),
+        "heads (H, Hkv)": str((q.shape[2], k.shape[2])),
+        "head dims (D, Dv)": str((q.shape[3], v.shape[3])),
+        "dtype": str(q.dtype),
+        "pattern": _described(pattern.text(), pattern.tables),
+        "scale": repr(options["scale"]),
+        "score": "none" if score is None else _described(score.text, score.tables),
+        "dropout_p": repr(float(options["dropout_p"])),
+        "query_start": str(options["query_start"]),
+    }
+
+
+def _described(text: str, tables: Any) -> str:
+    """A pattern or score with what tells its tables apart."""
+    return " ".join([text, *(f"t{i} {tuple(x.shape)} #{_hash(x)}" for i, x in enumerate(tables))])
+
+
+def _hash(table: Tensor) -> str:
+    numbers = digest(table)[-1]
+    assert isinstance(numbers, bytes)
+    return numbers.hex()[:8]
+
+
+def _device(q: Any) -> torch.device:
+    """Where to speak: a rank whose q is no tensor speaks from the CPU."""
+    return q.device if isinstance(q, Tensor) else torch.device("cpu")
+
+
+def _check_rows(q: Tensor, k: Tensor, layout: str, agreed: Agreed, rank: int, size: int) -> None:
+    for name, x, length in (("q", q, agreed.query_length), ("k", k, agreed.key_length)):
+        expected = Layout(layout, length, size).count(rank)
+        if x.shape[1] != expected:
+            raise InvalidInput(
+                f"context_parallel_attend: rank {rank} of {size} holds {expected} of {length} rows of {name} in layout "
+                f"{layout!r}. Got {x.shape[1]}; cut the sequence with shard_sequence, or leave total_length out."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What forward and backward of one call share besides tensors: the problem without rows, and how it is done."""
+
+    problem: Problem  # its q, k, v hold no numbers
+    pattern: Pattern
+    outer: World
+    inner: World | None
+    method: ModuleType
+    backend: str
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        def compute(p: Problem, pattern: Pattern) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+            found: tuple[Tensor, Tensor, tuple[Tensor, ...]]
+            found = self.method.forward(p, pattern, self.outer, self.backend)
+            return found
+
+        if self.inner is None:
+            return compute(problem, self.pattern)
+        return heads.forward_with(problem, self.pattern, self.inner, compute)
+
+    def backward(
+        self, p: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, kept: tuple[Tensor, ...]
+    ) -> Gradients:
+        def compute(problem: Problem, pattern: Pattern, *given: Any) -> Gradients:
+            grads: Gradients = self.method.backward(problem, pattern, self.outer, *given, self.backend)
+            return grads
+
+        if self.inner is None:
+            return compute(p, self.pattern, dout, dlse, out, lse, kept)
+        return heads.backward_with(p, self.pattern, self.inner, dout, dlse, out, lse, kept, compute)
+
+
+def _call(
+    problem: Problem, pattern: Pattern, world: World, mesh: DeviceMesh | None, method: str, backend: str
+) -> _Call:
+    q, k, v = (x.new_empty(1).expand(x.shape) for x in (problem.q, problem.k, problem.v))
+    shapes = replace(problem, q=q, k=k, v=v)
+    if mesh is None or mesh.ndim == 1 or method == "all_to_all":
+        name = choose_method(shapes, pattern, world, method).name
+        return _Call(shapes, pattern, world, None, METHODS[name], backend)
+    if mesh.ndim != 2:
+        raise InvalidInput(f"context_parallel_attend: expected a mesh of one or two dims. Got {mesh.ndim}.")
+    outer, inner = two_worlds(world, mesh.size(1), mesh.get_group(1), mesh.get_group(0))
+    against = heads.reasons_against(shapes, pattern, inner)
+    if against:
+        raise InvalidInput(f"context_parallel_attend: rows of the mesh exchange heads for tokens. {'; '.join(against)}")
+    name = choose_method(*heads.inside(shapes, pattern, inner), outer, method).name
+    return _Call(shapes, pattern, outer, inner, METHODS[name], backend)
+
+
+class _ContextAttention(torch.autograd.Function):
+    """The one node of a call: what travels back is known only to the call as a whole."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+        """(out in q's dtype, lse) of this rank's rows."""
+        out, lse, kept = call.forward(replace(call.problem, q=q, k=k, v=v))
+        out = out.to(q.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, *kept)
+        ctx.call = call
+        return out, lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of this rank's rows, which all ranks compute together."""
+        q, k, v, out, lse, *kept = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        problem = replace(ctx.call.problem, q=q, k=k, v=v)
+        grads = ctx.call.backward(problem, dout, dlse, out, lse, tuple(kept))
+        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None
