@@ -43,9 +43,7 @@ def agree(group: dist.ProcessGroup, facts: Facts, layout: str, device: torch.dev
     """
     numbers = [facts.query_rows, facts.key_rows, facts.seed, _number(facts.error), *map(_number, facts.alike.values())]
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
-    told = own.new_empty(dist.get_world_size(group), own.numel())
-    dist.all_gather_into_tensor(told, own, group=group)
-    rows = told.tolist()
+    rows = _everyones(group, own).tolist()
     if any(row[3:] != rows[0][3:] for row in rows) or facts.error:
         raise InvalidInput(_difference(group, facts))
     for name, column in (("queries", 0), ("keys", 1)):
@@ -68,9 +66,7 @@ def agree_on_padding(group: dist.ProcessGroup, key_padding_mask: Tensor, positio
     visible = ~key_padding_mask
     counts = visible.sum(1)
     last = torch.where(visible, positions, -1).amax(1) if visible.shape[1] > 0 else torch.full_like(counts, -1)
-    own = torch.stack((counts, last))
-    told = own.new_empty(dist.get_world_size(group), *own.shape)
-    dist.all_gather_into_tensor(told, own, group=group)
+    told = _everyones(group, torch.stack((counts, last)))  # (ranks, 2, B)
     lengths = told[:, 0].sum(0)
     wrong = (told[:, 1] >= lengths).nonzero().tolist()
     if wrong:
@@ -80,6 +76,14 @@ def agree_on_padding(group: dist.ProcessGroup, key_padding_mask: Tensor, positio
             f"visible keys behind padding: {where}. Shift such samples to the left, or cut them out with Documents."
         )
     return tuple(lengths.tolist())
+
+
+def _everyones(group: dist.ProcessGroup, own: Tensor) -> Tensor:
+    """Every rank's numbers, by rank."""
+    size = dist.get_world_size(group)
+    told = own.new_empty(size * own.numel())
+    dist.all_gather_into_tensor(told, own.flatten(), group=group)
+    return told.view(size, *own.shape)
 
 
 def _number(text: str) -> int:
