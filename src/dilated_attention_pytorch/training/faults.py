@@ -110,6 +110,8 @@ class MicroBatch:
                 f"processes, a larger --context-parallel. {cause}"
             )
         before, self.size, self._halved = self.size, (self.size + 1) // 2, True
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         log.warning(
             "memory ran out in step %d (%s); from now on a rank computes %d samples at once instead of %d, and adds up "
             "their gradients",

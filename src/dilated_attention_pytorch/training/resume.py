@@ -8,10 +8,13 @@ dropout of hidden rows draws.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,7 @@ from dilated_attention_pytorch.training.checkpoint import (
 )
 from dilated_attention_pytorch.training.ranks import ALONE, Ranks
 from dilated_attention_pytorch.training.run import Run
+from dilated_attention_pytorch.training.settings import TrainingSettings
 
 log = logging.getLogger("dilated_attention_pytorch")
 
@@ -55,6 +59,31 @@ def newest_checkpoint(run: Run) -> Path | None:
     for left_out in damage:
         log.warning("%s; the checkpoint is left out", left_out)
     return max(found)[1] if found else None
+
+
+def check_restart(folder: Path | None) -> None:
+    """Raise InvalidInput when torchrun may run this command again, and a second time could not find its `folder`."""
+    if folder is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise InvalidInput(
+            "torchrun --max-restarts runs this command again after a failure, and it must find its run; name the "
+            "folder with --run"
+        )
+
+
+def run_before_restart(path: Path, settings: TrainingSettings, model_config: dict[str, Any]) -> Run | None:
+    """The run that this command began in `path` before torchrun ran it again; None when it runs for the first time.
+
+    Raises InvalidInput when the folder holds another run.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not (path / "training.json").is_file():
+        return None
+    run = Run.open(path)
+    if run.settings != settings or run.model_config != json.loads(json.dumps(model_config)):
+        raise InvalidInput(
+            f"{path} holds a run with other settings or another model than this command names; name another folder, "
+            f"or continue it with --resume {path}"
+        )
+    return run
 
 
 class Checkpoints:
@@ -89,7 +118,7 @@ class Checkpoints:
             raise InvalidInput(f"{path} is at step {progress.step}, past the {self._run.settings.steps} of its run")
         if not continued:
             torch.manual_seed(self._run.settings.seed + self._ranks.rank + 2**32 * progress.step)
-        if path is not None:
+        if path is not None and self._ranks.is_first:
             log.info("continuing %s after step %d, from %s", self._run.path, progress.step, path.name)
         return progress
 

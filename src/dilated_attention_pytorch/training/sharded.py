@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,9 @@ def load_sharded(
     mine = random_state(device) if size == saved_by else {}
     wanted = tensors | {f"{name}.{rank}": value for name, value in mine.items()}
     try:
-        load(wanted, storage_reader=_Reader(path, wanted), process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():  # that one process reads alone is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(wanted, storage_reader=_Reader(path, wanted), process_group=group, no_dist=group is None)
     except CheckpointException as error:
         failure = next(iter(error.failures.values()))[0]
         if isinstance(failure, InvalidInput):
