@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,17 +60,18 @@ def closed_form_pairs(
     if branches is None or any(run.step != 1 for run in problem.key_positions if run.length > 1):
         return None
     sets = (problem.query_positions,) if queries is None else tuple(queries)
-    total = [0] * len(sets)
+    total = np.zeros(len(sets), dtype=object)
+    by_step = _by_step(sets)
     for branch in branches:
         classes = _grids(branch, problem.num_heads)
         for (limit, sample), samples in _sample_kinds(branch, problem).items():
             bounds = _bounds(branch, sample, sets, problem)
-            for step in sorted({run.step if run.length > 1 else 1 for runs in sets for run in runs}):
-                spans = _spans(sets, step, problem.key_positions, limit, bounds)
-                for place, heads in classes.items():
-                    for owner, pairs in _grid_pairs(branch, place, step, spans):
-                        total[owner] += samples * heads * pairs
-    return total
+            for step, runs in by_step.items():
+                spans = _spans(runs, step, problem.key_positions, limit, bounds)
+                for place, heads in classes.items() if len(spans.owner) else ():
+                    owners, pairs = _grid_pairs(branch, place, step, spans)
+                    total[owners] += pairs.astype(object) * (samples * heads)
+    return [int(pairs) for pairs in total]
 
 
 def _grids(branch: Branch, num_heads: int) -> Counter[int]:
@@ -96,43 +97,52 @@ def _bounds(branch: Branch, sample: int, sets: Sequence[Positions], problem: Pro
     return np.asarray((table if table.dim() == 1 else table[0]).cpu().numpy(), dtype=np.int64)
 
 
-def _spans(sets: Sequence[Positions], step: int, keys: Positions, limit: int | None, bounds: Numbers) -> _Spans:
-    """The rows of runs of this step against the keys of their own documents, where there are both."""
-    starts, ends = bounds[:-1], bounds[1:]
-    parts = []
+def _by_step(sets: Sequence[Positions]) -> dict[int, Numbers]:
+    """The runs of all sets as (owner, start, length) rows, (3, runs), by their step; that of a single row is 1."""
+    found: dict[int, list[tuple[int, int, int]]] = {}
     for owner, runs in enumerate(sets):
-        for run in runs:
-            if run.length == 0 or (run.step if run.length > 1 else 1) != step:
-                continue
-            # only documents that the run reaches; with one or few it is all of them
-            a = max(int(np.searchsorted(ends, run.start, side="right")), 0)
-            b = int(np.searchsorted(starts, run.start + step * (run.length - 1), side="right"))
-            skipped = np.maximum(0, -(-(starts[a:b] - run.start) // step))
-            rows = np.minimum(run.length, -(-(ends[a:b] - run.start) // step)) - skipped
-            first = run.start + skipped * step - starts[a:b]
-            for key in keys:
-                end = key.start + key.length if limit is None else min(key.start + key.length, limit)
-                low = np.maximum(key.start, starts[a:b]) - starts[a:b]
-                high = np.minimum(end, ends[a:b]) - starts[a:b]
-                some = (rows > 0) & (high > low)
-                parts.append(_Spans(np.full(b - a, owner), first, rows, low, high).take(some))
+        for start, step, length in runs:
+            if length > 0:
+                found.setdefault(step if length > 1 else 1, []).append((owner, start, length))
+    return {step: np.array(rows, dtype=np.int64).T for step, rows in found.items()}
+
+
+def _spans(runs: Numbers, step: int, keys: Positions, limit: int | None, bounds: Numbers) -> _Spans:
+    """The rows of runs of this step against the keys of their own documents, where there are both; by owner."""
+    starts, ends = bounds[:-1], bounds[1:]
+    owner, start, length = runs
+    reached = np.searchsorted(ends, start, side="right")  # the first document that ends behind the run's start
+    past = np.searchsorted(starts, start + step * (length - 1), side="right")
+    many = np.maximum(past - reached, 0)
+    run = np.repeat(np.arange(len(owner)), many)
+    document = np.arange(len(run)) + np.repeat(reached - (np.cumsum(many) - many), many)
+    owner, start, length = runs[:, run]
+    begins, ends = starts[document], ends[document]
+    skipped = np.maximum(0, -((start - begins) // step))
+    rows = np.minimum(length, -((start - ends) // step)) - skipped
+    first = start + skipped * step - begins
+    parts = []
+    for key in keys:
+        end = key.start + key.length if limit is None else min(key.start + key.length, limit)
+        low, high = np.maximum(key.start, begins) - begins, np.minimum(end, ends) - begins
+        parts.append(_Spans(owner, first, rows, low, high).take((rows > 0) & (high > low)))
+    if len(parts) == 1:
+        return parts[0]
     if not parts:
-        nothing = np.zeros(0, dtype=np.int64)
-        return _Spans(nothing, nothing, nothing, nothing, nothing)
-    return _Spans(*(np.concatenate(x) for x in zip(*parts)))
+        return _Spans(*[owner[:0]] * 5)
+    spans = _Spans(*(np.concatenate(x) for x in zip(*parts)))
+    return spans.take(np.argsort(spans.owner, kind="stable"))
 
 
-def _grid_pairs(branch: Branch, place: int, step: int, spans: _Spans) -> Iterator[tuple[int, int]]:
-    """(owner, pairs) of one sample and one head on the grid at ``place``."""
-    if len(spans.owner) == 0:
-        return
+def _grid_pairs(branch: Branch, place: int, step: int, spans: _Spans) -> tuple[Numbers, Numbers]:
+    """(owners, their pairs) of one sample and one head on the grid at ``place``."""
     end = int(max(spans.high.max(), (spans.first + step * (spans.rows - 1)).max() + 1))
     w = end if branch.segment_length is None else min(branch.segment_length, end)
     if end * w >= 1 << 61:
-        spans = _Spans(*(x.astype(object) for x in spans))
+        spans = _Spans(spans.owner, *(x.astype(object) for x in spans[1:]))
     which, segment, times = _segments(spans, step, w)
     if len(which) == 0:
-        return
+        return which, which
     inside = spans.take(which)
     base = segment * w
     # the rows of the span that stand in the segment: numbers i of them, from `skipped` on
@@ -142,9 +152,8 @@ def _grid_pairs(branch: Branch, place: int, step: int, spans: _Spans) -> Iterato
     pairs = times * _segment_pairs(
         branch, place, step, first, rows, np.maximum(inside.low - base, 0), np.minimum(inside.high - base, w)
     )
-    borders = np.flatnonzero(np.diff(inside.owner)) + 1
-    for part, owners in zip(np.split(pairs, borders), np.split(inside.owner, borders)):
-        yield int(owners[0]), int(part.sum())
+    firsts = np.flatnonzero(np.diff(inside.owner, prepend=-1))
+    return inside.owner[firsts], np.add.reduceat(pairs, firsts)
 
 
 def _segments(spans: _Spans, step: int, w: int) -> tuple[Numbers, Numbers, Numbers]:
