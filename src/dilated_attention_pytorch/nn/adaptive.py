@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, place_rows, unit_values
 from dilated_attention_pytorch.nn.compiling import run_eagerly
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
+from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Causal, Documents, Full, Pattern
 from dilated_attention_pytorch.patterns.base import And
 from dilated_attention_pytorch.scores import Score
@@ -27,9 +28,6 @@ from dilated_attention_pytorch.selection import (
     TopBlocks,
     attend_with_coarse,
 )
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 OVERLAPS_KEPT = 256
 """How many of the last overlaps a layer remembers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,11 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.base import PatternAttention
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
+from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Causal, Pattern, longnet
 from dilated_attention_pytorch.scores import Score
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 
 class DilatedAttention(PatternAttention):

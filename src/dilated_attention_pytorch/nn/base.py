@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,10 @@ from dilated_attention_pytorch.backends import check_backend_name
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.compiling import run_eagerly
 from dilated_attention_pytorch.nn.shards import as_context, whole_shapes
+from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Documents, Pattern
 from dilated_attention_pytorch.problem import check_inputs
 from dilated_attention_pytorch.scores import Score
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 
 class PatternAttention(nn.Module):

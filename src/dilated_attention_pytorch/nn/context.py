@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.base import PatternAttention
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.parallel.context import ContextParallel
+from dilated_attention_pytorch.parallel.context import ContextParallel
 
 
 def set_context_parallel(model: nn.Module, context: ContextParallel | DeviceMesh | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,9 @@ from dilated_attention_pytorch.nn.base import PatternAttention, bias_from_mask
 from dilated_attention_pytorch.nn.cache import LayerCache
 from dilated_attention_pytorch.nn.positions import Rotation, alibi_slopes, make_positions, rotate
 from dilated_attention_pytorch.nn.shards import ShardRows, shard_rows
+from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Documents
 from dilated_attention_pytorch.scores import Relative
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 
 class MultiheadPatternAttention(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,12 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.compiling import run_eagerly
+from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.parallel.layouts import Layout
 from dilated_attention_pytorch.parallel.sharding import resolve_flat_group
 from dilated_attention_pytorch.parallel.world import rank_and_size
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 
 class ShardRows(NamedTuple):
@@ -37,8 +35,6 @@ def as_context(context: ContextParallel | DeviceMesh | None) -> ContextParallel 
     """
     if context is None:
         return None
-    from dilated_attention_pytorch.parallel.context import ContextParallel
-
     if isinstance(context, DeviceMesh):
         return ContextParallel(mesh=context)
     if not isinstance(context, ContextParallel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, place_rows
 from dilated_attention_pytorch.nn.compiling import run_eagerly
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
+from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import (
     BlockSparse,
     Causal,
@@ -28,9 +29,6 @@ from dilated_attention_pytorch.patterns import (
     strided,
 )
 from dilated_attention_pytorch.scores import Score
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 LAYOUTS: dict[str, Callable[..., Pattern]] = {
     builder.__name__: builder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,8 @@ from dilated_attention_pytorch.nn.base import check_dropout, compute_dtype
 from dilated_attention_pytorch.nn.cache import KeyValueCache, LayerCache
 from dilated_attention_pytorch.nn.positions import Rotation
 from dilated_attention_pytorch.nn.shards import ShardRows, shard_rows
+from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Documents, Full, Pattern
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 

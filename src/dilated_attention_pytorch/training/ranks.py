@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,11 @@ from torch.distributed.distributed_c10d import Store
 from torch.nn.parallel import DistributedDataParallel
 
 from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.nn.context import set_context_parallel
 from dilated_attention_pytorch.nn.transformer import DilatedTransformerEncoderLayer
+from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.parallel.layouts import LAYOUTS
 from dilated_attention_pytorch.training.settings import COMPRESSIONS, TrainingSettings
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.parallel.context import ContextParallel
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # flags and checkpoints travel between CPUs
 UNCOMPRESSED_SHARE = 0.1
@@ -112,8 +111,6 @@ class Ranks:
         if self.mesh is None:
             return model
         if self.context is not None:
-            from dilated_attention_pytorch.nn.context import set_context_parallel
-
             set_context_parallel(model, self.context)
         if settings.parallel == "ddp":
             return _replicated(model, settings)
@@ -148,8 +145,6 @@ def form_ranks(settings: TrainingSettings, timeout: timedelta | None = None) -> 
     mesh = DeviceMesh.from_group([data, context], settings.device, mesh=numbers, mesh_dim_names=("data", "context"))
     if settings.context_parallel == 1:
         return Ranks(rank, size, mesh, timeout=timeout)
-    from dilated_attention_pytorch.parallel.context import ContextParallel
-
     return Ranks(rank, size, mesh, ContextParallel(mesh=mesh["context"], layout=settings.layout), timeout)
 
 

@@ -1,0 +1,232 @@
+"""Layers and models on shards give what they give on whole sequences, gradients included; what cannot says why."""
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from dilated_attention_pytorch import (
+    AdaptiveSparseAttention,
+    BlockSparseAttention,
+    DilatedAttention,
+    Documents,
+    InvalidInput,
+    LongNet,
+    LongNetEncoder,
+    LongNetLM,
+    MultiheadBlockSparseAttention,
+    MultiheadDilatedAttention,
+)
+from dilated_attention_pytorch.nn import ShortConvolution, set_context_parallel
+from dilated_attention_pytorch.nn.shards import as_context, shard_rows, whole_lengths, whole_shapes
+from dilated_attention_pytorch.parallel import ContextParallel
+from parallel.worlds import ends_of_world, run_world
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="worlds are forked")
+WIDTH = 32
+BRANCHES = {"segment_lengths": [16, 32, 64], "dilation_rates": [1, 2, 4], "dtype": torch.float64}
+
+
+def language_model(**options):
+    return LongNetLM(50, WIDTH, 4, 0, 2, 64, **BRANCHES, **options)
+
+
+BUILDERS = {
+    "lm": lambda: language_model(embedding_width=5, copying_start=True),
+    "lm of one token": lambda: language_model(position="alibi"),
+    "lm of xpos": lambda: language_model(embedding_width=3, position="xpos", checkpoint_activations=True),
+    "lm with dropout": lambda: language_model(attention_dropout=0.2, checkpoint_activations=True),
+    "encoder": lambda: LongNetEncoder(WIDTH, 4, 2, 64, **BRANCHES),
+    "encoder-decoder": lambda: LongNet(WIDTH, 4, 1, 1, 64, **BRANCHES),
+    "dilated": lambda: MultiheadDilatedAttention(WIDTH, 4, **BRANCHES, position="rotary"),
+    "blocks": lambda: MultiheadBlockSparseAttention(
+        WIDTH, 4, "global_local", block_size=8, window=16, position="rotary", dtype=torch.float64
+    ),
+    "blocks of a longest": lambda: MultiheadBlockSparseAttention(
+        WIDTH, 4, "random_blocks", block_size=8, density=0.3, position="xpos", max_length=128, dtype=torch.float64
+    ),
+}
+
+
+class Case(NamedTuple):
+    """A model, tokens, and what its call is told besides."""
+
+    model: str
+    length: int = 67
+    layout: str = "zigzag"
+    documents: list | None = None
+    padding: int = 0
+    position_ids: bool = False
+
+
+CASES = [
+    Case("lm", documents=[30, 20, 17]),
+    Case("lm", documents=[[30, 20, 17], [40, 27, 0]], layout="striped"),
+    Case("lm", length=2, layout="contiguous"),  # a world of 3 has a rank without tokens
+    Case("lm of one token", layout="striped"),
+    Case("lm of xpos", padding=7, layout="contiguous"),
+    Case("lm of xpos", documents=[30, 37]),
+    Case("lm with dropout"),
+    Case("encoder", padding=40, layout="striped"),
+    Case("encoder", length=100, position_ids=True),
+    Case("encoder-decoder", length=50, layout="contiguous"),
+    Case("dilated", documents=[30, 20, 17]),
+    Case("dilated", length=2),
+    Case("blocks", layout="striped"),
+    Case("blocks", padding=9),
+    Case("blocks of a longest", length=100),
+]
+
+
+def computed(case, context=None):
+    """Output and parameters' gradients of a case, of the whole or of this rank's shard."""
+    torch.manual_seed(0)
+    model = BUILDERS[case.model]()
+    set_context_parallel(model, context)
+    draw = torch.Generator().manual_seed(5)
+    if case.model.startswith("lm"):
+        x, channels = torch.randint(50, (2, case.length), generator=draw), 50
+    else:
+        x, channels = torch.randn(2, case.length, WIDTH, generator=draw, dtype=torch.float64), WIDTH
+    weights = torch.randn(2, case.length, channels, generator=draw, dtype=torch.float64)
+    options = {"is_causal": True}
+    if case.documents:
+        options["documents"] = Documents(case.documents)
+    if case.padding:
+        options["key_padding_mask"] = torch.arange(case.length) >= torch.tensor(
+            [[case.length], [case.length - case.padding]]
+        )
+        weights = weights * ~options["key_padding_mask"].unsqueeze(-1)
+    if case.position_ids:
+        options["position_ids"] = torch.arange(case.length) * 3 % 71
+    if context is not None:
+        x, weights = context.shard(x), context.shard(weights)
+        for name, dim in (("key_padding_mask", 1), ("position_ids", 0)):
+            if name in options:
+                options[name] = context.shard(options[name], dim)
+    torch.manual_seed(11)
+    out = model(x, **options)
+    (out * weights).sum().backward()
+    return out.detach() * (weights != 0), [p.grad for p in model.parameters()]
+
+
+def computed_on_shards():
+    results = []
+    for case in CASES:
+        context = ContextParallel(layout=case.layout)
+        out, grads = computed(case, context)
+        for grad in grads:
+            dist.all_reduce(grad)
+        results.append((context.unshard(out, length=case.length), grads))
+    return results
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return [computed(case) for case in CASES]
+
+
+def close(case, found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11, msg=lambda text: f"{case}: {text}")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shards_give_what_the_whole_gives(whole, world):
+    for results in run_world(world, computed_on_shards, timeout=120):
+        for case, (out, grads), (expected, expected_grads) in zip(CASES, results, whole, strict=True):
+            close(case, out, expected)
+            for grad, other in zip(grads, expected_grads, strict=True):
+                scale = float(other.abs().max().clamp(min=1))
+                close(case, grad / scale, other / scale)
+
+
+def test_a_world_of_one_is_the_whole(whole):
+    for case, (expected, _) in zip(CASES[:3], whole):
+        assert torch.equal(computed(case, ContextParallel(layout=case.layout))[0], expected)
+
+
+def from_a_mesh():
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "context"))
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 40, 4, 8, generator=draw, dtype=torch.float64)
+    layer = DilatedAttention([16], [1], context_parallel=mesh["context"])
+    blocks = BlockSparseAttention("local_window", block_size=8, window=16, context_parallel=mesh["context"])
+    twin = BlockSparseAttention("local_window", block_size=8, window=16)
+    shard = layer.context_parallel.shard(x)
+    found = [each.context_parallel.unshard(each(shard, shard, shard)) for each in (layer, blocks)]
+    return [a - b for a, b in zip(found, (DilatedAttention([16], [1])(x, x, x), twin(x, x, x)), strict=True)]
+
+
+def test_layers_take_a_dim_of_a_mesh():
+    for differences in run_world(2, from_a_mesh):
+        assert all(float(difference.abs().max()) < 1e-12 for difference in differences)
+
+
+def wrong_shards():
+    layer = MultiheadDilatedAttention(WIDTH, 4, [1], [16], position="rotary", context_parallel=ContextParallel())
+    layer(torch.zeros(1, 3 + 2 * dist.get_rank(), WIDTH))
+
+
+def test_shards_of_another_layout_are_refused_on_every_rank():
+    for end in ends_of_world(2, wrong_shards):
+        assert "InvalidInput" in end.text
+        assert "[4, 4]" in end.text
+        assert "[3, 5]" in end.text
+
+
+def test_where_a_shard_stands():
+    context = ContextParallel(layout="striped")
+    x = torch.zeros(2, 5, 3)
+    assert as_context(None) is None
+    assert as_context(context) is context
+    assert whole_lengths(context, x, x[:, :2]) == (5, 2)
+    assert shard_rows(context, x).at.tolist() == [0, 1, 2, 3, 4]
+    assert [y.shape for y in whole_shapes(context, x)] == [x.shape]
+
+
+def test_setting_it_leaves_state_and_config_alone_and_can_be_undone():
+    model = language_model(embedding_width=3)
+    names, config = list(model.state_dict()), model.config.to_dict()
+    set_context_parallel(model, ContextParallel(layout="zigzag"))
+    assert model.decoder.context_parallel.layout == "zigzag"
+    assert list(model.state_dict()) == names
+    assert model.config.to_dict() == config
+    set_context_parallel(model, None)
+    assert model.decoder.context_parallel is None
+
+
+def test_what_needs_whole_sequences_says_why_and_nothing_is_changed():
+    x = torch.zeros(1, 8, 4, 8)
+    adaptive, dilated = AdaptiveSparseAttention(), DilatedAttention([4], [1])
+    with pytest.raises(InvalidInput, match="no rank holds"):
+        adaptive.context_parallel = ContextParallel()
+    with pytest.raises(InvalidInput, match="no rank holds"):
+        set_context_parallel(nn.ModuleList([dilated, adaptive]), ContextParallel())
+    assert dilated.context_parallel is None
+    with pytest.raises(InvalidInput, match="no attention layer"):
+        set_context_parallel(nn.Linear(2, 2), ContextParallel())
+    with pytest.raises(InvalidInput, match="a mesh of one dim"):
+        DilatedAttention([4], [1], context_parallel="context")
+    dilated.context_parallel = ContextParallel()
+    with pytest.raises(InvalidInput, match="mask over pairs"):
+        dilated(x, x, x, attention_mask=torch.ones(8, 8, dtype=torch.bool))
+    with pytest.raises(InvalidInput, match="weights"):
+        dilated(x, x, x, need_weights=True)
+    model = language_model()
+    set_context_parallel(model, ContextParallel())
+    with pytest.raises(InvalidInput, match="decode in one process"):
+        model.generate(torch.tensor([1, 2]), max_new_tokens=1)
+
+
+def test_a_convolution_over_neighbours_that_lie_elsewhere():
+    convolution = ShortConvolution(4, width=3).double()
+    x = torch.randn(2, 10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    documents = Documents([[4, 6], [7, 3]])
+    at = torch.tensor([2, 5, 8])
+    place = documents.locate(at)[1].view(2, 3)
+    found = convolution.over(lambda k: x[:, (at - k).clamp(min=0)], place)
+    torch.testing.assert_close(found, convolution(x, documents)[:, at])
