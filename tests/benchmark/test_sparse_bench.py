@@ -13,7 +13,8 @@ from dilated_attention_pytorch import Causal, attend, explain, longnet
 from dilated_attention_pytorch.backends import BACKENDS
 from dilated_attention_pytorch.backends.tuning import using
 from dilated_attention_pytorch.backends.tuning.files import SHIPPED, load_table
-from dilated_attention_pytorch.benchmark import heads, locality, quality, run, selectors, sparse, winners
+from dilated_attention_pytorch.benchmark import heads, locality, parallel, quality, run, selectors, sparse, winners
+from dilated_attention_pytorch.benchmark.cases import Case
 from dilated_attention_pytorch.benchmark.heads import Heads
 from dilated_attention_pytorch.benchmark.measure import Spread, goal_text, spread_text
 from dilated_attention_pytorch.cli.app import app
@@ -31,7 +32,9 @@ SPARSE = sparse.SparseSizes(256, 2, 16, 32, (0.25, 0.5), 64, (1,))
 SELECTORS = selectors.SelectorSizes(256, 2, 16, 32, 0.25, (1,), (0.25, 0.5), 128, 2, 2, 16)
 GRID = locality.GridSizes((16, 24), (64, 128), (1, 2), share_segments=(64, 60), thread_count=1)
 WINNERS = winners.WinnerSizes((128, 256), (0.1, 0.25), 2, 16, 32, 1, once=4e6, too_long=4e9)
-TINY = {"sparse": SPARSE, "selectors": SELECTORS, "orders": GRID, "winners": WINNERS}
+SMALL = Case("", 128, 2, 8, (16, 128), (1, 2))
+PARALLEL = parallel.ParallelSizes(64, 2, 8, 2, SMALL, SMALL, 2, (2,), 1)
+TINY = {"sparse": SPARSE, "selectors": SELECTORS, "orders": GRID, "winners": WINNERS, "parallel": PARALLEL}
 
 
 class Clock:

@@ -13,17 +13,21 @@ from dilated_attention_pytorch.reports.measured import filled_page
 from dilated_attention_pytorch.reports.tables import Table
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "sparse_speed.md"
+PAGES = {"sparse_speed.md": ("sparse", "selectors", "orders", "winners"), "parallel.md": ("parallel",)}
 MARKED = "a\n<!-- table: box/{} -->\nold\n<!-- end of table -->\nb\n"
 
 
-def test_the_page_is_what_the_stored_results_give():
-    held = PAGE.read_text(encoding="utf-8")
-    assert held == filled_page(held, ROOT / "benchmarks" / "results"), (
-        "run `dilated-attention bench --page docs/sparse_speed.md`"
-    )
-    assert all(f"<!-- table: amd-epyc/{name}" in held for name in run.STUDIES)
-    assert all(f"bench --only {name} " in held for name in run.STUDIES)
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_what_the_stored_results_give(name):
+    held = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    filled = filled_page(held, ROOT / "benchmarks" / "results")
+    assert held == filled, f"run `dilated-attention bench --page docs/{name}`"
+    assert all(f"<!-- table: amd-epyc/{study}" in held for study in PAGES[name])
+    assert all(f"bench --only {study}" in held for study in PAGES[name])
+
+
+def test_every_study_has_a_page():
+    assert sorted(study for studies in PAGES.values() for study in studies) == sorted(run.STUDIES)
 
 
 @pytest.fixture
