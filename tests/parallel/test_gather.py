@@ -71,7 +71,7 @@ def whole_problem(batch, queries, keys, heads, kv_heads, visible=None, start=0, 
 
 
 def plan_of(problem, pattern, world):
-    return gather_plan(gather._terms(problem, pattern, world), world.rank, world.queries, world.keys)
+    return gather_plan(gather._terms(problem, pattern, world), world.rank, world.queries, world.keys, CPU)
 
 
 def check_plans(problem, pattern, layout, size, start=0):
@@ -90,7 +90,7 @@ def check_plans(problem, pattern, layout, size, start=0):
         came = []  # (sample, position, kv head) of every wire row
         for source, other in enumerate(plans):
             assert other.send_counts[me] == plan.receive_counts[source]
-            sent = torch.stack(other.sent_rows(CPU), 1).split(other.send_counts)[me]
+            sent = torch.stack(other.sent_rows(), 1).split(other.send_counts)[me]
             at = positions_tensor(world.keys[source])
             came += [(b, int(at[row]), head) for b, row, head in sent.tolist()]
         counts = torch.zeros_like(remote)
@@ -99,7 +99,7 @@ def check_plans(problem, pattern, layout, size, start=0):
             seen = bundle.shape.pattern.count(
                 0, 1, positions_tensor((bundle.shape.queries,))[:, None], positions_tensor((bundle.shape.keys,))
             )
-            rows, keys = bundle.queries.expand(CPU), bundle.keys.expand(CPU)
+            rows, keys = bundle.queries.expand(), bundle.keys.expand()
             assert len(keys.unique()) == keys.numel()
             for e in range(len(bundle.samples)):
                 b, hs = int(bundle.samples[e]), bundle.heads[e]

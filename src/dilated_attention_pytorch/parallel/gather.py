@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch import attention
 from dilated_attention_pytorch.backends import Gradients
-from dilated_attention_pytorch.merging import merge, merge_into
+from dilated_attention_pytorch.merging import merge_into
 from dilated_attention_pytorch.parallel.grids import Term, terms
 from dilated_attention_pytorch.parallel.parcels import Bundle, GatherPlan, gather_plan, traffic_rows
 from dilated_attention_pytorch.parallel.runs import partial_backward, partial_forward
@@ -65,7 +65,7 @@ def forward(
     if world.group is None:
         return *partial_forward(p, pattern, backend), ()
     plan = _plan(p, pattern, world)
-    place = plan.sent_rows(p.k.device)
+    place = plan.sent_rows()
     wire = torch.cat((p.k[place], p.v[place]), -1)  # (rows, D + Dv)
     pending, came = start_all_to_all(world.group, wire, plan.send_counts, plan.receive_counts)
     out, lse = partial_forward(p, pattern, backend)
@@ -74,10 +74,7 @@ def forward(
         rows = _Rows(bundle, p)
         part_out, part_lse = attention.forward(rows.problem(came), bundle.shape.pattern, backend=backend)
         own_out, own_lse = out[rows.queries], lse[rows.lse]
-        if bundle.shape.sees_all:
-            merge_into(own_out.transpose(1, 2), own_lse, part_out.transpose(1, 2), part_lse)
-        else:  # a row may see nothing
-            own_out, own_lse = merge((own_out, own_lse), (part_out, part_lse))
+        merge_into(own_out.transpose(1, 2), own_lse, part_out.transpose(1, 2), part_lse)
         out[rows.queries], lse[rows.lse] = own_out, own_lse
     return out, lse, (came,)
 
@@ -118,7 +115,7 @@ def backward(
     own = partial_backward(p, pattern, dout, dlse, out, lse, backend)
     for place, share in shares:
         own.q[place] += share
-    place = plan.sent_rows(p.k.device)
+    place = plan.sent_rows()
     pending.wait()
     dk, dv = returned.split((p.k.shape[3], p.v.shape[3]), -1)
     own.k.index_put_(place, dk, accumulate=True)
@@ -130,13 +127,11 @@ class _Rows:
     """Where the rows of a bundle stand in the problem's tensors and in what came."""
 
     def __init__(self, bundle: Bundle, problem: Problem) -> None:
-        device = problem.q.device
-        sample, head = bundle.samples.to(device), bundle.heads.to(device)
-        row = bundle.queries.expand(device)
+        sample, row, head = bundle.samples, bundle.queries.expand(), bundle.heads
         self._bundle, self._problem = bundle, problem
         self.queries = sample[:, None, None], row[:, :, None], head[:, None, :]  # (E, n, t)
         self.lse = sample[:, None, None], head[:, :, None], row[:, None, :]  # (E, t, n)
-        self.keys = bundle.keys.expand(device)  # (E, m)
+        self.keys = bundle.keys.expand()  # (E, m)
 
     def problem(self, came: Tensor) -> Problem:
         """The dense problem: a sample for each entry, one kv head."""
@@ -156,7 +151,7 @@ class _Rows:
 
 
 def _plan(problem: Problem, pattern: Pattern, world: World) -> GatherPlan:
-    return gather_plan(_terms(problem, pattern, world), world.rank, world.queries, world.keys)
+    return gather_plan(_terms(problem, pattern, world), world.rank, world.queries, world.keys, problem.q.device)
 
 
 def _terms(problem: Problem, pattern: Pattern, world: World) -> tuple[Term, ...]:

@@ -26,7 +26,7 @@ from dilated_attention_pytorch.parallel.grids import (
     needed,
     query_places,
 )
-from dilated_attention_pytorch.patterns import Causal, Full, Pattern, Window
+from dilated_attention_pytorch.parallel.shapes import Shape, splits
 from dilated_attention_pytorch.problem import Positions, Run
 
 
@@ -60,26 +60,6 @@ class Visit(NamedTuple):
     section: Section
 
 
-class Shape(NamedTuple):
-    """A dense problem in places of a grid."""
-
-    is_causal: bool
-    window: int | None
-    queries: Run
-    keys: Run
-
-    @property
-    def sees_all(self) -> bool:
-        """Whether every query sees every key."""
-        return not self.is_causal and self.window is None
-
-    @property
-    def pattern(self) -> Pattern:
-        """Which place sees which."""
-        window = Full() if self.window is None else Window(self.window)
-        return window & Causal() if self.is_causal else window
-
-
 @dataclass(frozen=True, eq=False)
 class Segments:
     """Rows of entries of equal size, each made of arithmetic runs: a table of (first, step, length)."""
@@ -87,9 +67,9 @@ class Segments:
     table: Tensor
     shape: tuple[int, int]  # entries, rows of each
 
-    def expand(self, device: torch.device) -> Tensor:
+    def expand(self) -> Tensor:
         """All row numbers: (entries, rows), int64."""
-        first, step, length = self.table.to(device).unbind(1)
+        first, step, length = self.table.unbind(1)
         run, place = _places(length, self.shape[0] * self.shape[1])
         return (first[run] + step[run] * place).view(self.shape)
 
@@ -115,15 +95,15 @@ class GatherPlan:
     kv_heads: Tensor
     bundles: tuple[Bundle, ...]
 
-    def sent_rows(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def sent_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """(sample, row, kv head) of everything that this rank sends, in the order in which it travels."""
-        sample, row, row_step, length, apart, times, kv_first, kv_size, count = self.sends.to(device).unbind(1)
+        sample, row, row_step, length, apart, times, kv_first, kv_size, count = self.sends.unbind(1)
         parcel, rest = _places(count, sum(self.send_counts))
         place, rest = rest % length[parcel], rest // length[parcel]
         turn, rest = rest % times[parcel], rest // times[parcel]
         kv, rest = rest % kv_size[parcel], rest // kv_size[parcel]
         rows = row[parcel] + row_step[parcel] * place + apart[parcel] * turn
-        return sample[parcel] + rest, rows, self.kv_heads.to(device)[kv_first[parcel] + kv]
+        return sample[parcel] + rest, rows, self.kv_heads[kv_first[parcel] + kv]
 
 
 def _places(sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -145,14 +125,18 @@ def traffic_rows(
 
 @lru_cache(maxsize=32)
 def gather_plan(
-    terms: tuple[Term, ...], rank: int, queries: tuple[Positions, ...], keys: tuple[Positions, ...]
+    terms: tuple[Term, ...],
+    rank: int,
+    queries: tuple[Positions, ...],
+    keys: tuple[Positions, ...],
+    device: torch.device,
 ) -> GatherPlan:
-    """The plan of one rank of a world."""
+    """The plan of one rank of a world, its tables on a device."""
     frame = Frame(rank, Rows(queries), Rows(keys))
     visits = _visits(terms, frame)
     arriving, leaving = (_in_order(_parcels(frame, visits, comes)) for comes in (True, False))
-    sends, kv_heads = _send_table(visits, leaving)
-    bundles = tuple(_bundles(frame, visits, arriving))
+    sends, kv_heads = (x.to(device) for x in _send_table(visits, leaving))
+    bundles = tuple(_bundles(frame, visits, arriving, device))
     return GatherPlan(leaving.counts(len(keys)), arriving.counts(len(keys)), sends, kv_heads, bundles)
 
 
@@ -215,7 +199,7 @@ def _send_table(visits: Sequence[Visit], leaving: Parcels) -> tuple[Tensor, Tens
     return torch.from_numpy(table), torch.tensor(kv_heads, dtype=torch.int64)
 
 
-def _bundles(frame: Frame, visits: Sequence[Visit], arriving: Parcels) -> Iterator[Bundle]:
+def _bundles(frame: Frame, visits: Sequence[Visit], arriving: Parcels, device: torch.device) -> Iterator[Bundle]:
     """The dense problems of this rank's queries with what comes, equal ones together."""
     offset = np.cumsum(arriving.wire_rows) - arriving.wire_rows
     mine = frame.queries.rank == frame.rank
@@ -233,9 +217,10 @@ def _bundles(frame: Frame, visits: Sequence[Visit], arriving: Parcels) -> Iterat
         keys = _grid_runs(came, origin, rate)
         rows = (first_row + (met.start - runs.start) // runs.step)[asking]
         row_step, apart = (met.step // runs.step)[asking], (section.apart // runs.step)[asking]
+        reach = None if term.window is None else -(-term.window // term.rate)
         i, j, turn = np.indices((term.samples[1] - term.samples[0], len(of.kv_heads), section.times)).reshape(3, -1, 1)
         entry = (i * len(of.kv_heads) + j) * section.times + turn  # (E, 1)
-        for ordinal, (shape, a, b) in enumerate(_splits(term, own, keys)):
+        for ordinal, (shape, a, b) in enumerate(splits(term.is_causal, reach, own, keys)):
             groups.setdefault((term.branch, ordinal, shape, len(of.heads[0])), []).append(
                 (
                     term.samples[0] + i[:, 0],
@@ -245,7 +230,7 @@ def _bundles(frame: Frame, visits: Sequence[Visit], arriving: Parcels) -> Iterat
                 )
             )
     for (_, _, shape, _), members in groups.items():
-        samples, heads, *tables = (torch.from_numpy(np.concatenate(x)) for x in zip(*members))
+        samples, heads, *tables = (torch.from_numpy(np.concatenate(x)).to(device) for x in zip(*members))
         sizes = ((len(samples), side.length) for side in (shape.queries, shape.keys))
         yield Bundle(shape, samples, heads, *(Segments(table, size) for table, size in zip(tables, sizes)))
 
@@ -260,77 +245,3 @@ def _grid_runs(runs: Runs | Parcels, origin: int, rate: int) -> list[Run]:
     """Positions on a grid as its places."""
     places = zip(((runs.start - origin) // rate).tolist(), (runs.step // rate).tolist(), runs.length.tolist())
     return [Run(start, step if length > 1 else 1, length) for start, step, length in places]
-
-
-def _splits(term: Term, queries: Sequence[Run], keys: Sequence[Run]) -> Iterator[tuple[Shape, list[int], list[int]]]:
-    """Dense problems that together hold the visible pairs: their shape, and the numbers of their runs in row order."""
-    if not term.is_causal and term.window is None:
-        n, m = (sum(run.length for run in side) for side in (queries, keys))
-        yield Shape(False, None, Run(0, 1, n), Run(0, 1, m)), list(range(len(queries))), list(range(len(keys)))
-        return
-    reach = None if term.window is None else -(-term.window // term.rate)
-    ascending = sorted(range(len(keys)), key=lambda number: keys[number])
-    for i, q in enumerate(queries):
-        whole, mixed = [], []
-        for number in ascending:
-            seen = _visibility(term.is_causal, reach, q, keys[number])
-            if seen is None:
-                mixed.append(number)
-            elif seen:
-                whole.append(number)
-        if whole:
-            yield Shape(False, None, Run(0, 1, q.length), Run(0, 1, sum(keys[b].length for b in whole))), [i], whole
-        for joined, numbers in _joined(mixed, keys):
-            shape = relative(term.is_causal, reach, q, joined)
-            if shape is not None:
-                yield shape, [i], numbers
-
-
-def _visibility(is_causal: bool, reach: int | None, q: Run, k: Run) -> bool | None:
-    """Whether all rows of a run see all places of another, or none does; None where it differs."""
-    nearest, furthest = q.start - _last(k), _last(q) - k.start  # the least and the greatest distance back
-    low, high = 0 if is_causal else nearest, furthest + 1
-    if reach is not None:
-        low, high = max(low, 1 - reach), min(high, reach)
-    if low <= nearest and furthest < high:
-        return True
-    return False if furthest < low or nearest >= high else None
-
-
-def _last(run: Run) -> int:
-    return run.start + run.step * (run.length - 1)
-
-
-def _joined(numbers: Sequence[int], runs: Sequence[Run]) -> Iterator[tuple[Run, list[int]]]:
-    """Runs in ascending order, those that go on where the one before ends made one."""
-    whole: Run | None = None
-    parts: list[int] = []
-    for number in numbers:
-        run = runs[number]
-        if whole is not None and whole.step == run.step and _last(whole) + whole.step == run.start:
-            whole, parts = whole._replace(length=whole.length + run.length), [*parts, number]
-            continue
-        if whole is not None:
-            yield whole, parts
-        whole, parts = run, [number]
-    if whole is not None:
-        yield whole, parts
-
-
-def relative(is_causal: bool, reach: int | None, q: Run, k: Run) -> Shape | None:
-    """The problem of two runs, from place 0 and with step 1 where it can be; None where nothing is seen."""
-    step = max(q.step if q.length > 1 else 1, k.step if k.length > 1 else 1)
-    alike = all(run.length == 1 or run.step == step for run in (q, k))
-    ahead, rest = divmod(q.start - k.start, step)
-    window = reach
-    if alike and reach is not None:
-        # with d = i + ahead - j the distance back is step * d + rest
-        window = -((rest - reach) // step)
-        if window < 1 and is_causal:
-            return None
-        alike = is_causal or rest == 0
-    if alike:
-        low = max(0, -ahead)
-        return Shape(is_causal, window, Run(ahead + low, 1, q.length), Run(low, 1, k.length))
-    low = min(q.start, k.start)
-    return Shape(is_causal, reach, q._replace(start=q.start - low), k._replace(start=k.start - low))

@@ -12,7 +12,7 @@ from torch import Tensor
 from dilated_attention_pytorch import attention
 from dilated_attention_pytorch.backends import Gradients
 from dilated_attention_pytorch.merging import merge_into
-from dilated_attention_pytorch.parallel.parcels import relative
+from dilated_attention_pytorch.parallel.shapes import relative
 from dilated_attention_pytorch.parallel.sight import sees
 from dilated_attention_pytorch.patterns import Pattern
 from dilated_attention_pytorch.problem import Positions, Problem, Run
