@@ -5,7 +5,7 @@ import socket
 from datetime import timedelta
 
 import torch
-import torch._dynamo  # noqa: F401  (fully_shard wants it: here once, not in every forked rank)
+import torch._dynamo  # fully_shard wants it: read here once, not in every forked rank
 import torch.distributed as dist
 from byte_reader import Reader
 
