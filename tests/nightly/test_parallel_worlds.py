@@ -1,0 +1,44 @@
+"""Worlds of one to eight processes: every method, layout, backend and mesh on every kind of problem."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parallel.world_contract import LAYOUTS, METHODS, Trial, ask, ask_for, cases, judge, refused_with, rms_errors, tell
+from parallel.worlds import run_world
+
+pytestmark = pytest.mark.nightly
+
+HEADS = {1: 6, 2: 6, 3: 6, 4: 8, 8: 8}
+MESHES = {4: ((2, 2),), 8: ((2, 4), (4, 2))}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", HEADS)
+def test_every_way_computes_what_one_process_computes(size, layout):
+    names = cases(HEADS[size])
+    trials = [Trial(case, layout, method) for case in names for method in METHODS]
+    trials += [Trial(case, layout, "ring", backend) for case in names for backend in ("dense", "sdpa")]
+    trials = [t for t in trials if not (t.case == "values_narrower" and t.backend == "sdpa")]
+    trials += [
+        Trial(case, layout, method, mesh=mesh)
+        for mesh in MESHES.get(size, ())
+        for case in names
+        for method in ("ring", "gather", "auto")
+    ]
+    told = run_world(size, tell, ask_for(trials, HEADS[size]), trials, timeout=900)
+    judge(trials, told, refused_with(HEADS[size], size))
+
+
+@pytest.mark.parametrize("pattern", ["full", "causal", "longnet", "longnet_causal"])
+@pytest.mark.parametrize("method", ["ring", "gather", "all_to_all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errors_do_not_grow_with_the_world(dtype, method, pattern):
+    case = replace(cases(8)[pattern], query_length=500)
+    problems = [ask(case, dtype, seed) for seed in range(5)]
+    trial = Trial(case.name, "zigzag", method, dtype=dtype)
+    errors = {size: rms_errors(size, problems, trial) for size in (2, 4, 8)}
+    for name, error in errors[2].items():
+        assert errors[8][name] <= 1.2 * error, (name, errors)
+        assert errors[4][name] <= 1.2 * error, (name, errors)
