@@ -100,13 +100,17 @@ def carried(given, dout, layout):
         counts.append((sum(receive_counts) - receive_counts[world.rank]) * rows.element_size())
         return wire.start_all_to_all(group, rows, send_counts, receive_counts)
 
+    def compute(local, part):  # as rings do it, in the accumulate dtype
+        out, lse = attention.forward(local, part)
+        return out.to(lse.dtype), lse, ()
+
     with mock.patch.object(heads, "start_all_to_all", counting):
-        out, lse, kept = heads.forward(problem, Causal(), world, "auto")
+        out, lse, kept = heads.forward_with(problem, Causal(), world, compute)
         forward, counts = counts, []
         grads = heads.backward(problem, Causal(), world, dout[:, mine], None, out, lse, kept, "auto")
     meta = replace(problem, **{x: getattr(problem, x).to("meta") for x in "qkv"})
     announced = heads.traffic(meta, Causal(), world)
-    assert [x.dtype for x in grads[:3]] == [problem.q.dtype] * 3
+    assert [x.dtype for x in (out, *grads[:3])] == [problem.q.dtype] * 4
     return [(len(forward), sum(forward), announced.forward), (len(counts), sum(counts), announced.backward)]
 
 

@@ -1,5 +1,6 @@
 """Meshes of two dims: heads are exchanged for tokens inside a row, and another method joins the rows."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dilated_attention_pytorch import BlockSparse, Causal, Documents, InvalidInput, attention, longnet
+from dilated_attention_pytorch.benchmark.received import ReceivedBytes
 from dilated_attention_pytorch.parallel import gather, heads, ring
 from dilated_attention_pytorch.parallel.grouping import two_worlds
 from dilated_attention_pytorch.parallel.layouts import LAYOUTS, Layout
@@ -87,8 +89,18 @@ def hybrid(name, layout, between, groups):
     def backward(p, t, *rest):
         return between.backward(p, t, outer, *rest, "auto")
 
-    out, lse, kept = heads.forward_with(problem, pattern, inner, forward)
-    return (out, lse, *heads.backward_with(problem, pattern, inner, *back, out, lse, kept, backward)[:3]), mine
+    counted = (name, layout) == ("longnet", "zigzag")  # counting takes time
+    with ReceivedBytes() if counted else nullcontext() as came:
+        out, lse, kept = heads.forward_with(problem, pattern, inner, forward)
+    with ReceivedBytes() if counted else nullcontext() as came_back:
+        grads = heads.backward_with(problem, pattern, inner, *back, out, lse, kept, backward)
+    if counted:
+        wire, other = heads.traffic(problem, pattern, inner), between.traffic(local, part, outer)
+        assert came.total == wire.forward + other.forward
+        of_lse = (local.query_length - problem.query_length) * problem.batch * local.num_heads * lse.element_size()
+        if between is not heads:  # which would send the gradient of lse once more
+            assert came_back.total == wire.backward + other.backward + of_lse
+    return (out, lse, *grads[:3]), mine
 
 
 def test_a_mesh_of_two_by_two_computes_what_one_computes():
