@@ -157,18 +157,18 @@ class Trial:
         return f"{self.case} {self.layout} {self.method}{hybrid} {self.backend}"
 
 
-def shards(asked: Asked, layout: str) -> tuple[list[Tensor], Tensor | None]:
+def shards(asked: Asked, layout: str, group=None) -> tuple[list[Tensor], Tensor | None]:
     """This rank's leaves q, k, v and its part of the mask."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     rows = [rows_of(layout, x.shape[1], rank, size) for x in (asked.q, asked.k, asked.v)]
     leaves = [x[:, r].clone().requires_grad_() for x, r in zip((asked.q, asked.k, asked.v), rows)]
     return leaves, None if asked.mask is None else asked.mask[:, rows[1]]
 
 
-def attempt(asked: Asked, trial: Trial, mesh=None) -> dict[str, Tensor] | str:
+def attempt(asked: Asked, trial: Trial, mesh=None, group=None) -> dict[str, Tensor] | str:
     """This rank's out, lse and gradients, or the reason why the method refuses the problem."""
-    leaves, mask = shards(asked, trial.layout)
-    rank, size = dist.get_rank(), dist.get_world_size()
+    leaves, mask = shards(asked, trial.layout, group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     mine = rows_of(trial.layout, asked.q.shape[1], rank, size)
     before = [x.detach().clone() for x in leaves]
     torch.manual_seed(5)
@@ -177,6 +177,7 @@ def attempt(asked: Asked, trial: Trial, mesh=None) -> dict[str, Tensor] | str:
             *leaves,
             asked.case.pattern,
             mesh=mesh,
+            group=group,
             layout=trial.layout,
             method=trial.method,
             key_padding_mask=mask,
@@ -192,9 +193,11 @@ def attempt(asked: Asked, trial: Trial, mesh=None) -> dict[str, Tensor] | str:
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads)))
 
 
-def beside_the_truth(asked: Asked, layout: str, found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+def beside_the_truth(
+    asked: Asked, layout: str, found: dict[str, Tensor], group=None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, this rank's tensor and what it should be, both in float64; rows that rightly are -inf are 0 in both."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     for name, x in found.items():
         dim = 2 if name == "lse" else 1
         whole = asked.truth[name]
@@ -204,10 +207,10 @@ def beside_the_truth(asked: Asked, layout: str, found: dict[str, Tensor]) -> Ite
         yield name, torch.where(both, 0.0, x.double()), torch.where(both, 0.0, expected)
 
 
-def errors(asked: Asked, layout: str, found: dict[str, Tensor]) -> dict[str, float]:
+def errors(asked: Asked, layout: str, found: dict[str, Tensor], group=None) -> dict[str, float]:
     """Law 1's error of each of this rank's tensors; NaN where one holds NaN."""
     top, told = float(asked.dout.abs().max()), {}
-    for name, x, expected in beside_the_truth(asked, layout, found):
+    for name, x, expected in beside_the_truth(asked, layout, found, group):
         whole = asked.truth[name]
         scale = max(float(whole.masked_fill(whole == -torch.inf, 0.0).abs().max()), top, 1e-3)
         told[name] = float((x - expected).abs().max()) / scale if x.numel() else 0.0
