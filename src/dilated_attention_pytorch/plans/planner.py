@@ -144,6 +144,8 @@ def tile_size(pattern: Pattern, problem: Problem, largest: int = LARGEST_TILE) -
         own = [math.gcd(largest, *sizes, *at) for sizes, at in zip(zip(*blocks), starts)]
         if min(own) >= LEAST_ROWS:
             return own[0] if chosen is None else math.gcd(rows, own[0]), own[1]
+        if chosen is not None and own[1] >= LEAST_ROWS:  # rows are placed to suit, keys stand as they do
+            return rows, own[1]
     return rows, keys
 
 
