@@ -22,7 +22,7 @@ from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.parallel.costs import EVEN, layout_imbalance, planned_world
 from dilated_attention_pytorch.parallel.layouts import LAYOUTS, Layout
 from dilated_attention_pytorch.parallel.sharding import shard_sequence
-from dilated_attention_pytorch.patterns import Causal, longnet
+from dilated_attention_pytorch.patterns import Causal, Pattern, longnet
 from dilated_attention_pytorch.problem import Problem, make_problem
 
 RING_GOALS = {"forward": None, "forward + backward": 0.85}
@@ -32,7 +32,7 @@ HAND_GOAL = 0.05
 ROUNDS_OF_ROUNDS = 5
 """The ring is short and its two sides need both cores: it runs so many times as often as other parts."""
 MEGABYTE = 1e6
-SCALED = Case("GigaPath / 64", 1 << 14, 16, 48, (16, 91, 512, 2896, 16384), GIGAPATH.dilation_rates)
+SCALED = Case("GigaPath, 1 / 64", 1 << 14, 16, 48, (16, 91, 512, 2896, 16384), GIGAPATH.dilation_rates)
 """GigaPath's branches at a 64th of their length, which a process group of this machine carries in seconds."""
 
 
@@ -84,7 +84,7 @@ def measure_parallel(
             _bytes_of(sizes.scaled, sizes.bytes_world) | {"counted": _counted(sizes, progress)},
             _bytes_of(sizes.whole, sizes.bytes_world),
         ],
-        "balance": [of for case in (sizes.whole, PAPER) for of in _balance(case, sizes.balance_worlds)],
+        "balance": list(_balance((sizes.whole, PAPER), sizes.balance_worlds)),
     }
 
 
@@ -195,7 +195,7 @@ def _bytes_of(case: Case, world: int) -> dict[str, Any]:
             module.traffic(rank_problem(whole, rows, rank), pattern, replace(rows, rank=rank)) for rank in range(world)
         ]
         said[method] = {way: [getattr(t, way) for t in traffic] for way in ("forward", "backward")}
-    return {"case": case.describe(), "said": said, "by hand": gather_by_hand(case, world)}
+    return {"case": case.name, "shape": case.describe(), "said": said, "by hand": gather_by_hand(case, world)}
 
 
 def _whole(case: Case) -> Problem:
@@ -237,18 +237,18 @@ def _on_grid(low: int, high: int, first: int, rate: int) -> int:
     return max(0, -((first - high) // rate)) - max(0, -((first - low) // rate)) if high > low else 0
 
 
-def _balance(case: Case, worlds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def _balance(cases: tuple[Case, ...], worlds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """The heaviest rank's pairs over the mean, in each layout, of the branches and of full causal attention."""
-    whole, branches = _whole(case), longnet(case.segment_lengths, case.dilation_rates)
-    patterns = {
-        case.describe(): branches,
-        f"{case.describe()}, causal": branches & Causal(),
-        f"N {case.tokens}, causal": Causal(),
-    }
-    for words, pattern in patterns.items():
+    asked: list[tuple[str, Case, Pattern]] = []
+    for case in cases:
+        branches = longnet(case.segment_lengths, case.dilation_rates)
+        asked += [(case.name, case, branches), (f"{case.name}, causal", case, branches & Causal())]
+    asked.append(("full, causal", cases[0], Causal()))
+    for words, case, pattern in asked:
         for size in worlds:
-            found = layout_imbalance(whole, pattern, size)
-            yield {"pattern": words, "world": size, "layouts": {name: round(x, 4) for name, x in found.items()}}
+            found = layout_imbalance(_whole(case), pattern, size)
+            layouts = {name: round(x, 4) for name, x in found.items()}
+            yield {"pattern": words, "shape": case.describe(), "world": size, "layouts": layouts}
 
 
 RING_COLUMNS = (
@@ -324,9 +324,13 @@ def parallel_tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...],
         "by hand: the grid rows of the segments that a rank overlaps, less its own. Backward, gradients travel in "
         "float32."
     )
-    balance_note = "Counted pairs of each rank's own queries; exact, nothing is measured."
+    shapes = dict.fromkeys(f"{of['case']}: {of['shape']}" for of in results["bytes"])
+    byte_note += "\n" + "\n".join(shapes)
+    patterns = dict.fromkeys(f"{of['pattern']}: {of['shape']}" for of in results["balance"])
+    balance_note = "Counted pairs of the heaviest rank over the mean of ranks; exact, nothing is timed.\n"
+    balance_note += "\n".join(patterns)
     return [
         (f"A ring of {count} processes", RING_COLUMNS, list(ring_rows(results)), ring_note),
         ("Bytes received", BYTE_COLUMNS, list(byte_rows(results)), byte_note),
-        ("Work of the heaviest rank over the mean", BALANCE_COLUMNS, list(balance_rows(results)), balance_note),
+        ("Balance", BALANCE_COLUMNS, list(balance_rows(results)), balance_note),
     ]
