@@ -6,11 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
 from dilated_attention_pytorch.parallel import gather, heads, ring
-from dilated_attention_pytorch.parallel.costs import EVEN, rank_work
+from dilated_attention_pytorch.parallel.costs import EVEN, Work, rank_work
 from dilated_attention_pytorch.parallel.layouts import row_count
 from dilated_attention_pytorch.parallel.traffic import Traffic
 from dilated_attention_pytorch.parallel.world import World
@@ -36,8 +36,10 @@ METHODS: Mapping[str, Method] = {"gather": gather, "ring": ring, "all_to_all": h
 ASKED_RANKS = 32
 """Of a larger world so many ranks are asked what they receive, evenly spread from the first to the last."""
 _CACHE_SIZE = 256
-_cache: OrderedDict[tuple[object, ...], tuple[Traffic, float]] = OrderedDict()
+_cache: OrderedDict[tuple[object, ...], Any] = OrderedDict()
 _lock = threading.Lock()
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,12 @@ def choose_method(problem: Problem, pattern: Pattern, world: World, name: str = 
     if name != "auto" or len(able) == 1 or world.size == 1:
         why = "it was asked for" if name != "auto" else "the only one that can" if len(able) == 1 else "nothing is sent"
         return Choice(able[0], why, refused=refused)
-    known = {n: _known(n, problem, pattern, world) for n in able}
-    received = {n: traffic for n, (traffic, _) in known.items()}
-    imbalance = {n: uneven for n, (_, uneven) in known.items()}
+
+    def compare() -> tuple[dict[str, Traffic], dict[str, float]]:
+        found = {n: most_received(received_by(n, problem, pattern, world)) for n in able}
+        return found, {n: method_work(n, problem, pattern, world).imbalance for n in able}
+
+    received, imbalance = _kept(" ".join(able), problem, pattern, world, compare)
     even = [n for n in able if imbalance[n] <= EVEN * min(imbalance.values())]
     best = min(even, key=lambda n: received[n].total)
     because = "the fewest bytes of those that can"
@@ -88,12 +93,20 @@ def choose_method(problem: Problem, pattern: Pattern, world: World, name: str = 
 
 
 def received_by(name: str, problem: Problem, pattern: Pattern, world: World) -> list[Traffic]:
-    """What each rank receives with a method; of a large world those that are asked."""
+    """What each rank receives with a method; of a large world those of `asked_ranks`. Kept in a bounded cache."""
     traffic = METHODS[name].traffic
-    return [
-        traffic(rank_problem(problem, world, rank), pattern, replace(world, rank=rank))
-        for rank in asked_ranks(world.size)
-    ]
+
+    def find() -> list[Traffic]:
+        ranks = asked_ranks(world.size)
+        return [traffic(rank_problem(problem, world, r), pattern, replace(world, rank=r)) for r in ranks]
+
+    return _kept(f"received {name}", problem, pattern, world, find)
+
+
+def method_work(name: str, problem: Problem, pattern: Pattern, world: World) -> Work:
+    """The work of each rank with a method. Kept in a bounded cache."""
+    inner = world.size if name == "all_to_all" else 1
+    return _kept(f"work {inner}", problem, pattern, world, lambda: rank_work(problem, pattern, world, inner))
 
 
 def most_received(found: Sequence[Traffic]) -> Traffic:
@@ -127,11 +140,11 @@ def rank_problem(problem: Problem, world: World, rank: int) -> Problem:
     return replace(problem, q=q, k=k, v=v, query_positions=world.queries[rank], key_positions=world.keys[rank])
 
 
-def _known(name: str, problem: Problem, pattern: Pattern, world: World) -> tuple[Traffic, float]:
-    """(what the busiest rank receives, imbalance) of a method, kept in a bounded cache."""
+def _kept(what: str, problem: Problem, pattern: Pattern, world: World, find: Callable[[], Found]) -> Found:
+    """What ``find`` gives, or gave when the same was asked of a like problem, on whichever rank of a like world."""
     p = problem
     key = (
-        name,
+        what,
         pattern.text(),
         tuple(map(digest, pattern.tables)),
         (p.batch, p.num_heads, p.k.shape[2], p.q.shape[3], p.v.shape[3]),
@@ -142,9 +155,8 @@ def _known(name: str, problem: Problem, pattern: Pattern, world: World) -> tuple
     with _lock:
         if key in _cache:
             _cache.move_to_end(key)
-            return _cache[key]
-    work = rank_work(problem, pattern, world, world.size if name == "all_to_all" else 1)
-    found = most_received(received_by(name, problem, pattern, world)), work.imbalance
+            return _cache[key]  # type: ignore[no-any-return]
+    found = find()
     with _lock:
         _cache[key] = found
         while len(_cache) > _CACHE_SIZE:

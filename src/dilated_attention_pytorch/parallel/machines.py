@@ -110,3 +110,15 @@ MACHINES: dict[str, Machine] = dict(
     )
 )  # fmt: skip
 """Known machines by name: eight devices a node."""
+
+
+def machine_named(name: str) -> Machine:
+    """The machine of `MACHINES` with this name; InvalidInput, which lists them, for another.
+
+    Example:
+        >>> machine_named("h200").ranks_per_node
+        8
+    """
+    if name not in MACHINES:
+        raise InvalidInput(f"expected a machine of {', '.join(MACHINES)}. Got {name!r}.")
+    return MACHINES[name]
