@@ -163,7 +163,7 @@ def killed_while_saving(path, port, method, victim):
 
 @pytest.mark.parametrize(("method", "victim"), [("write_data", 1), ("finish", 0)])
 def test_a_kill_while_saving_leaves_the_checkpoint_before(new_run, method, victim):
-    whole, run = new_run("whole"), new_run("run")
+    whole, run = new_run("whole", steps=9), new_run("run", steps=9)
     run_world(2, rank_trains, whole.path, free_port(), dropping_reader)
     ends = ends_of_world(2, killed_while_saving, run.path, free_port(), method, victim)
     assert "exit code -9" in ends[victim].text

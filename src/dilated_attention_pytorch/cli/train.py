@@ -104,8 +104,11 @@ def train(
     from dilated_attention_pytorch.reports.figures import check_matplotlib
     from dilated_attention_pytorch.training.faults import together
     from dilated_attention_pytorch.training.ranks import form_ranks, shared_anew, world_size
+    from dilated_attention_pytorch.training.resume import check_restart
 
     check_matplotlib()  # before the training, not behind it
+    if resume is None:
+        check_restart(folder)
     sharing = _given(
         context_parallel=context_parallel, layout=layout, parallel=parallel, gradient_compression=gradient_compression
     )
@@ -169,12 +172,17 @@ def _chosen(given: dict[str, Any], pairs: list[str]) -> tuple[TrainingSettings, 
 def _new_run(
     data: Path | None, folder: Path | None, settings: TrainingSettings, model: LongNetLMConfig, ranks: Ranks
 ) -> Run:
+    from dilated_attention_pytorch.training.resume import run_before_restart
     from dilated_attention_pytorch.training.run import Run, new_run_folder, point_latest
 
     made: list[Run] = []
 
     def make() -> Path:
         path = new_run_folder(RUNS) if folder is None else folder
+        before = run_before_restart(path, settings, model.to_dict())
+        if before is not None:
+            made.append(before)
+            return path
         with out.status("Reading text"):
             made.append(Run.create(path, settings, model.to_dict(), data))
         if folder is None:

@@ -1,9 +1,11 @@
 """What a result was made with: versions and device, recorded beside every figure."""
 
 import importlib.metadata
+import os
 import platform
 
 import torch
+import torch.distributed as dist
 
 from dilated_attention_pytorch.backends.tuning import processor_name
 
@@ -26,8 +28,19 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """The make of the device in words, with the number of CPU threads in use."""
+    """The make of the device in words, with the number of CPU threads, and of processes where there are several."""
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    each = f"{processes} processes, each on " if processes > 1 else ""
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return each + torch.cuda.get_device_name()
     threads = torch.get_num_threads()
-    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{each}{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def launch() -> str | None:
+    """What a command has in common with itself when torchrun runs it again after a failure; None outside torchrun.
+
+    The launch's identifier, which --standalone makes unique; where nobody gave one, the process that restarts it.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"process {os.getppid()}" if name == "none" else name

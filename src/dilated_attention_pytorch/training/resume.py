@@ -26,6 +26,7 @@ from dilated_attention_pytorch.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from dilated_attention_pytorch.training.environment import launch
 from dilated_attention_pytorch.training.ranks import ALONE, Ranks
 from dilated_attention_pytorch.training.run import Run
 from dilated_attention_pytorch.training.settings import TrainingSettings
@@ -71,17 +72,18 @@ def check_restart(folder: Path | None) -> None:
 
 
 def run_before_restart(path: Path, settings: TrainingSettings, model_config: dict[str, Any]) -> Run | None:
-    """The run that this command began in `path` before torchrun ran it again; None when it runs for the first time.
+    """The run that this command began in `path` before torchrun ran it again; None when it has not begun one.
 
-    Raises InvalidInput when the folder holds another run.
+    Raises InvalidInput when the folder holds a run of another launch, with other settings, or of another model.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not (path / "training.json").is_file():
         return None
     run = Run.open(path)
-    if run.settings != settings or run.model_config != json.loads(json.dumps(model_config)):
+    same = run.settings == settings and run.model_config == json.loads(json.dumps(model_config))
+    if not same or run.record.get("launch") != launch():
         raise InvalidInput(
-            f"{path} holds a run with other settings or another model than this command names; name another folder, "
-            f"or continue it with --resume {path}"
+            f"{path} holds a run that this command did not begin; name another folder, or continue it with --resume "
+            f"{path}"
         )
     return run
 

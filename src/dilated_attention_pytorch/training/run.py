@@ -23,7 +23,7 @@ from typing import Any
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.training.data import Corpus, open_corpus, write_corpus
-from dilated_attention_pytorch.training.environment import device_name, versions
+from dilated_attention_pytorch.training.environment import device_name, launch, versions
 from dilated_attention_pytorch.training.files import read_json, write_json, write_whole
 from dilated_attention_pytorch.training.settings import TrainingSettings
 
@@ -68,6 +68,7 @@ class Run:
             },
             "versions": versions(),
             "device": device_name(settings.device),
+            "launch": launch(),
         }
         write_json(path / "training.json", record)
         return cls(path, settings, model_config, corpus, record)
