@@ -1,6 +1,6 @@
 """Long-context attention that is exact, on any device, at any length: LongNet's dilated attention and its relatives.
 
-Layers, models, selectors and orders are imported when they are first asked for.
+Layers, models, selectors, orders and what runs on many devices are imported when they are first asked for.
 """
 
 from importlib import import_module
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         MultiheadDilatedAttention,
     )
     from dilated_attention_pytorch.orderings import hilbert_order
+    from dilated_attention_pytorch.parallel import ContextParallel, context_parallel_attend
     from dilated_attention_pytorch.selection import Selector
 
 __version__ = "0.3.0"
@@ -33,11 +34,13 @@ __version__ = "0.3.0"
 _LATER = {
     "AdaptiveSparseAttention": "nn",
     "BlockSparseAttention": "nn",
+    "ContextParallel": "parallel",
     "DilatedAttention": "nn",
     "MultiheadAdaptiveSparseAttention": "nn",
     "MultiheadBlockSparseAttention": "nn",
     "MultiheadDilatedAttention": "nn",
     "Selector": "selection",
+    "context_parallel_attend": "parallel",
     "hilbert_order": "orderings",
     "LongNet": "models",
     "LongNetEncoder": "models",
@@ -49,6 +52,7 @@ __all__ = [
     "BlockSparse",
     "BlockSparseAttention",
     "Causal",
+    "ContextParallel",
     "Dilated",
     "DilatedAttention",
     "Documents",
@@ -69,6 +73,7 @@ __all__ = [
     "TorchscaleCompat",
     "Window",
     "attend",
+    "context_parallel_attend",
     "explain",
     "hilbert_order",
     "longnet",

@@ -272,6 +272,20 @@ class _Call:
     method: ModuleType
     backend: str
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether what a forward pass keeps is all that backward reads: heads of all rows, but for shapes."""
+        exchanging = self.outer if self.inner is None and self.method is heads else self.inner
+        return exchanging is not None and exchanging.size > 1
+
+    @property
+    def without_numbers(self) -> tuple[Tensor, ...]:
+        """q, k, v, out and lse as shapes only."""
+        p = self.problem
+        out = p.q.new_empty(1).expand(p.batch, p.query_length, p.num_heads, p.v.shape[3])
+        lse = p.q.new_empty(1, dtype=p.accumulate_dtype).expand(p.batch, p.num_heads, p.query_length)
+        return p.q, p.k, p.v, out, lse
+
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         def compute(p: Problem, pattern: Pattern) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
             found: tuple[Tensor, Tensor, tuple[Tensor, ...]]
@@ -321,7 +335,7 @@ class _ContextAttention(torch.autograd.Function):
         out, lse, kept = call.forward(replace(call.problem, q=q, k=k, v=v))
         out = out.to(q.dtype)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, *kept)
+        ctx.save_for_backward(*(() if call.keeps_all else (q, k, v, out, lse)), *kept)
         ctx.call = call
         return out, lse
 
@@ -329,8 +343,10 @@ class _ContextAttention(torch.autograd.Function):
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of this rank's rows, which all ranks compute together."""
-        q, k, v, out, lse, *kept = ctx.saved_tensors
+        call: _Call = ctx.call
+        own, kept = ((), ctx.saved_tensors) if call.keeps_all else (ctx.saved_tensors[:5], ctx.saved_tensors[5:])
+        q, k, v, out, lse = own or call.without_numbers
         dout = torch.zeros_like(out) if dout is None else dout
-        problem = replace(ctx.call.problem, q=q, k=k, v=v)
-        grads = ctx.call.backward(problem, dout, dlse, out, lse, tuple(kept))
+        problem = replace(call.problem, q=q, k=k, v=v)
+        grads = call.backward(problem, dout, dlse, out, lse, kept)
         return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None
