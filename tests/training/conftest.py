@@ -1,7 +1,6 @@
 """A small text and runs on it."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import torch
 from byte_reader import SETTINGS, Reader
 
 from dilated_attention_pytorch.training.run import Run
-
-sys.path.append(str(Path(__file__).parents[1] / "parallel"))  # worlds.py
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from byte_reader import Reader
 from shared_runs import calm_reader, dropping_reader, free_port, losses, rank_trains
-from worlds import ends_of_world, run_world
 
 from dilated_attention_pytorch import InvalidInput
 from dilated_attention_pytorch.training.environment import launch
@@ -19,6 +18,7 @@ from dilated_attention_pytorch.training.faults import MicroBatch, failed_transfe
 from dilated_attention_pytorch.training.loop import train
 from dilated_attention_pytorch.training.resume import check_restart, newest_checkpoint, run_before_restart
 from dilated_attention_pytorch.training.run import Run
+from parallel.worlds import ends_of_world, run_world
 
 forked = pytest.mark.skipif(os.name != "posix", reason="worlds are forked")
 
@@ -201,7 +201,7 @@ def test_a_command_that_may_be_restarted_names_its_folder(tmp_path, monkeypatch)
     check_restart(None)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     check_restart(tmp_path)
-    with pytest.raises(InvalidInput, match="--run"):
+    with pytest.raises(InvalidInput, match="--folder"):
         check_restart(None)
 
 

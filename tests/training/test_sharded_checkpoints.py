@@ -15,7 +15,6 @@ from shared_runs import calm_reader, dropping_reader, free_port, losses, rank_tr
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from worlds import ends_of_world, run_world
 
 from dilated_attention_pytorch import InvalidInput
 from dilated_attention_pytorch.training import sharded
@@ -30,6 +29,7 @@ from dilated_attention_pytorch.training.sharded import (
     sharded_checkpoints,
     start_saving,
 )
+from parallel.worlds import ends_of_world, run_world
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="worlds are forked")
 

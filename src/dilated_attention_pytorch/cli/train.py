@@ -29,7 +29,12 @@ Data = Annotated[
     typer.Option(help="A text file, or a folder of text files. Without it: the Python standard library's sources."),
 ]
 Folder = Annotated[
-    Path | None, typer.Option("--run", help="The run folder to make. Without it: runs/TIME, linked as runs/latest.")
+    Path | None,
+    typer.Option(
+        "--run",
+        "--folder",  # torchrun takes --run for a --run-path of its own
+        help="The run folder to make. Without it: runs/TIME, linked as runs/latest. Under torchrun, write --folder.",
+    ),
 ]
 Resume = Annotated[Path | None, typer.Option(help="Continue this run, with its own settings, to the same result.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps. Without it: about 4 minutes on 2 cores.")]

@@ -67,7 +67,7 @@ def check_restart(folder: Path | None) -> None:
     if folder is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise InvalidInput(
             "torchrun --max-restarts runs this command again after a failure, and it must find its run; name the "
-            "folder with --run"
+            "folder with --folder"
         )
 
 
