@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.backends import check_backend_name
+from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.compiling import run_eagerly
 from dilated_attention_pytorch.nn.shards import as_context, whole_shapes
 from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Documents, Pattern

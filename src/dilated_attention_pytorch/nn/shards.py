@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.compiling import run_eagerly
 from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.parallel.layouts import Layout
 from dilated_attention_pytorch.parallel.sharding import resolve_flat_group

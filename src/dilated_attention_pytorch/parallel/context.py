@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.attention import attend, autocast_inputs
 from dilated_attention_pytorch.backends import Gradients, check_backend_name
+from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.parallel import gather, heads, ring
 from dilated_attention_pytorch.parallel.agreement import Agreed, Facts, agree, agree_on_padding
@@ -31,6 +32,7 @@ from dilated_attention_pytorch.scores import Score
 METHODS: Mapping[str, ModuleType] = {"ring": ring, "gather": gather, "all_to_all": heads}
 
 
+@run_eagerly("what ranks send each other is decided call by call: compile without fullgraph")
 def context_parallel_attend(
     q: Tensor,
     k: Tensor,
