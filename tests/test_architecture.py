@@ -14,11 +14,12 @@ ROOT = Path(dilated_attention_pytorch.__file__).parent
 TESTS = Path(__file__).parent
 PACKAGE = "dilated_attention_pytorch"
 
-# DESIGN section 2, as one strict order; a room imports only rooms above it, lazily or for type checkers too. Where the
-# tree refines DESIGN's list: compiling (what compiled code must not trace) serves all; scores stands above problem (a
-# Problem holds a Score); compat and dropout are rooms of the definition that the reference needs; memory and merging stand above plans; flops counts the work of plans, for the
-# operators and for explanation, which follows attention; testing stands above training, since a contract needs no
-# model; the command line and its reports come last.
+# DESIGN section 2, as one strict order; a room imports only rooms above it, lazily or for type checkers too. Where
+# the tree refines DESIGN's list: compiling (what compiled code must not trace) serves all; scores stands above
+# problem (a Problem holds a Score); compat and dropout are rooms of the definition that the reference needs; memory
+# and merging stand above plans; flops counts the work of plans, for the operators and for explanation, which follows
+# attention; testing stands above training, since a contract needs no model; the command line and its reports come
+# last.
 ORDER = (
     "errors",
     "compiling",
