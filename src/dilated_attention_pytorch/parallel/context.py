@@ -346,8 +346,9 @@ class _ContextAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of this rank's rows, which all ranks compute together."""
         call: _Call = ctx.call
-        own, kept = ((), ctx.saved_tensors) if call.keeps_all else (ctx.saved_tensors[:5], ctx.saved_tensors[5:])
-        q, k, v, out, lse = own or call.without_numbers
+        kept = ctx.saved_tensors  # to be read once where activations are checkpointed
+        own, kept = (call.without_numbers, kept) if call.keeps_all else (kept[:5], kept[5:])
+        q, k, v, out, lse = own
         dout = torch.zeros_like(out) if dout is None else dout
         problem = replace(call.problem, q=q, k=k, v=v)
         grads = call.backward(problem, dout, dlse, out, lse, kept)
