@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from shared_runs import calm_reader, dropping_reader, free_port, losses, rank_tr
 
 from dilated_attention_pytorch import InvalidInput
 from dilated_attention_pytorch.training.environment import launch
-from dilated_attention_pytorch.training.faults import MicroBatch, failed_transfer, ran_out_of_memory, together
+from dilated_attention_pytorch.training.faults import (
+    MicroBatch,
+    failed_transfer,
+    ran_out_of_memory,
+    together,
+    unwritten,
+)
 from dilated_attention_pytorch.training.loop import train
 from dilated_attention_pytorch.training.resume import check_restart, newest_checkpoint, run_before_restart
 from dilated_attention_pytorch.training.run import Run
@@ -176,8 +183,6 @@ def test_memory_that_runs_out_twice_is_an_error_on_every_rank(new_run):
 
 
 def test_one_process_works_alone():
-    from datetime import timedelta
-
     assert together("cpu", timedelta(seconds=1), lambda: dist.is_initialized()) is False
 
 
@@ -210,3 +215,25 @@ def test_a_launch_without_a_name_is_told_by_what_restarts_it(monkeypatch):
     assert launch() is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert launch() == f"process {os.getppid()}"
+
+
+def part_of_a_store(path, late):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    kept = dist.FileStore(str(path), size)
+    if rank == 0 and late:
+        time.sleep(0.3)  # the others find what an earlier start has left
+    part = unwritten(kept, rank, size, timedelta(seconds=20))
+    part.set(f"from {rank}", "here")
+    part.wait([f"from {other}" for other in range(size)])
+    return part.add("ranks", 1)
+
+
+@forked
+def test_ranks_that_start_again_find_nothing_of_those_before_them(tmp_path):
+    path = tmp_path / "store"
+    path.touch()
+    keep = dist.FileStore(str(path), -1)  # torchrun's store outlives the ranks
+    for late in (False, True, False):
+        assert sorted(run_world(3, part_of_a_store, path, late)) == [1, 2, 3]
+    with pytest.raises(TimeoutError, match="rank 1 of 3"):
+        unwritten(keep, 1, 3, timedelta(seconds=0.2))

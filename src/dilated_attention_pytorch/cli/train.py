@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from dilated_attention_pytorch.cli.console import name_rank, out
+from dilated_attention_pytorch.cli.console import err, name_rank, out
 from dilated_attention_pytorch.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -105,9 +105,11 @@ def train(
     2 pairs takes one sequence of the batch. --resume continues a run at any number of processes; the options that say
     how they share may then be given anew.
     """
+    from torch import OutOfMemoryError
+
     from dilated_attention_pytorch.cli.results import write_results
     from dilated_attention_pytorch.reports.figures import check_matplotlib
-    from dilated_attention_pytorch.training.faults import together
+    from dilated_attention_pytorch.training.faults import RankLost, together
     from dilated_attention_pytorch.training.ranks import form_ranks, shared_anew, world_size
     from dilated_attention_pytorch.training.resume import check_restart
 
@@ -134,7 +136,11 @@ def train(
             begun.append(_new_run(data, folder, chosen, model, ranks))
         return _train(dataclasses.replace(begun[0], settings=shared), ranks)
 
-    trained = together(chosen.device, patience, work)
+    try:
+        trained = together(chosen.device, patience, work)
+    except (RankLost, OutOfMemoryError) as error:
+        err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        raise typer.Exit(1) from error
     if trained is not None:  # the others have left by now, and need not wait for the evaluation
         trained.eval()
         trained.save_pretrained(begun[0].path)

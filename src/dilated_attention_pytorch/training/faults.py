@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dilated_attention_pytorch.errors import InvalidInput
@@ -61,11 +63,38 @@ def together(device: str, timeout: timedelta, work: Callable[[], Result]) -> Res
     """
     if not launched():
         return work()
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    kept, rank, size = next(rendezvous("env://", timeout=timeout))
+    store = unwritten(kept, rank, size, timeout)
     with contextlib.suppress(BeginAgain), joined(device, timeout, PrefixStore("first", store)):
         return work()
     with joined(device, timeout, PrefixStore("again", store)):
         return work()
+
+
+def unwritten(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
+    """A part of `store` into which nothing was written before all ranks called this.
+
+    torchrun keeps its store when it starts the processes again, with the addresses of those that are gone. Rank 0
+    offers a new name; a rank believes an offer only when rank 0 has answered to what this very process wrote. Raises
+    TimeoutError when a rank does not come.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store.set("offer", mine)
+        here = [mine]
+        for other in range(1, size):
+            store.wait([f"{mine} {other}"], timeout)
+            here.append(store.get(f"{mine} {other}").decode())
+        store.set(f"{mine} answer", " ".join(here))
+        return PrefixStore(mine, store)
+    while time.monotonic() < deadline:
+        if store.check(["offer"]):
+            name = store.get("offer").decode()
+            store.set(f"{name} {rank}", mine)
+            if store.check([f"{name} answer"]) and store.get(f"{name} answer").decode().split()[rank] == mine:
+                return PrefixStore(name, store)
+        time.sleep(0.02)
+    raise TimeoutError(f"rank {rank} of {size} waited {timeout.total_seconds():g} s for rank 0 to start")
 
 
 def failed_transfer(error: BaseException) -> bool:
