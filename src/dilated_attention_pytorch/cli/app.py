@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from dilated_attention_pytorch.cli.bench import bench
 from dilated_attention_pytorch.cli.console import err, show_log
+from dilated_attention_pytorch.cli.estimate import estimate
 from dilated_attention_pytorch.cli.evaluate import evaluate
 from dilated_attention_pytorch.cli.explain import explain
 from dilated_attention_pytorch.cli.generate import generate
@@ -53,5 +54,5 @@ def options(
     show_log(log_level)
 
 
-for command in (train, evaluate, generate, info, explain, tune, bench):
+for command in (train, evaluate, generate, info, explain, estimate, tune, bench):
     app.command()(command)
