@@ -17,12 +17,14 @@ from dilated_attention_pytorch.parallel.layouts import Layout
 class Facts(NamedTuple):
     """What a rank says of its call: rows of its shards, and what must be alike everywhere, by name.
 
-    ``error`` is what is wrong with its own arguments, "" if nothing is. ``seed`` is rank 0's to say.
+    ``device`` is where it speaks from. ``error`` is what is wrong with its own arguments, "" if nothing is. ``seed`` is
+    rank 0's to say.
     """
 
     query_rows: int
     key_rows: int
     alike: Mapping[str, str]
+    device: torch.device
     error: str = ""
     seed: int = 0
 
@@ -35,14 +37,14 @@ class Agreed(NamedTuple):
     seed: int
 
 
-def agree(group: dist.ProcessGroup, facts: Facts, layout: str, device: torch.device) -> Agreed:
+def agree(group: dist.ProcessGroup, facts: Facts, layout: str) -> Agreed:
     """The lengths of the whole, once every rank has said the same and holds the layout's rows.
 
     Raises InvalidInput on every rank, naming ranks and values, when one rank's arguments are illegal, when ranks differ
     in anything that must be alike, or when their shards are not those of the layout.
     """
     numbers = [facts.query_rows, facts.key_rows, facts.seed, _number(facts.error), *map(_number, facts.alike.values())]
-    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    own = torch.tensor(numbers, dtype=torch.int64, device=facts.device)
     rows = _everyones(group, own).tolist()
     if any(row[3:] != rows[0][3:] for row in rows) or facts.error:
         raise InvalidInput(_difference(group, facts))

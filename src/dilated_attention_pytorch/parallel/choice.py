@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
+from dilated_attention_pytorch.backends import Gradients
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
 from dilated_attention_pytorch.parallel import gather, heads, ring
 from dilated_attention_pytorch.parallel.costs import EVEN, Work, rank_work
@@ -20,7 +23,7 @@ from dilated_attention_pytorch.problem import Problem
 
 
 class Method(Protocol):
-    """What a method says of itself before it does anything: why it cannot, and what a rank receives."""
+    """What a method says of itself before it does anything: why it cannot, what a rank receives; and what it does."""
 
     @property
     def reasons_against(self) -> Callable[[Problem, Pattern, World], list[str]]:
@@ -29,6 +32,14 @@ class Method(Protocol):
     @property
     def traffic(self) -> Callable[[Problem, Pattern, World], Traffic]:
         """What the world's own rank receives."""
+
+    @property
+    def forward(self) -> Callable[[Problem, Pattern, World, str], tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
+        """(out, lse, what backward wants besides) of the rank's queries, by a backend of this name."""
+
+    @property
+    def backward(self) -> Callable[..., Gradients]:
+        """The gradients of the rank's rows from (problem, pattern, world, dout, dlse, out, lse, kept, backend)."""
 
 
 METHODS: Mapping[str, Method] = {"gather": gather, "ring": ring, "all_to_all": heads}
@@ -57,6 +68,12 @@ class Choice:
     refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+def check_method(name: str) -> None:
+    """Raise InvalidInput unless it is "auto" or the name of a method."""
+    if name != "auto" and name not in METHODS:
+        raise InvalidInput(f"expected method to be one of 'auto', {', '.join(map(repr, METHODS))}. Got {name!r}.")
+
+
 def choose_method(problem: Problem, pattern: Pattern, world: World, name: str = "auto") -> Choice:
     """The method of this name, or with "auto" the one that puts least on the wire, if its work is even enough.
 
@@ -66,8 +83,7 @@ def choose_method(problem: Problem, pattern: Pattern, world: World, name: str = 
 
     Raises InvalidInput for another name, and NoBackend with every reason when the named one, or none, can.
     """
-    if name != "auto" and name not in METHODS:
-        raise InvalidInput(f"expected method to be one of 'auto', {', '.join(map(repr, METHODS))}. Got {name!r}.")
+    check_method(name)
     refused = {n: tuple(method.reasons_against(problem, pattern, world)) for n, method in METHODS.items()}
     refused = {n: reasons for n, reasons in refused.items() if reasons}
     asked = METHODS if name == "auto" else [name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,19 +16,17 @@ from dilated_attention_pytorch.attention import attend, autocast_inputs
 from dilated_attention_pytorch.backends import Gradients, check_backend_name
 from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.parallel import gather, heads, ring
+from dilated_attention_pytorch.parallel import heads
 from dilated_attention_pytorch.parallel.agreement import Agreed, Facts, agree, agree_on_padding
-from dilated_attention_pytorch.parallel.choice import choose_method
+from dilated_attention_pytorch.parallel.choice import METHODS, Method, check_method, choose_method
 from dilated_attention_pytorch.parallel.grouping import two_worlds
 from dilated_attention_pytorch.parallel.layouts import Layout, check_layout
 from dilated_attention_pytorch.parallel.sharding import resolve_flat_group, shard_sequence, unshard_sequence
 from dilated_attention_pytorch.parallel.world import World, rank_and_size
 from dilated_attention_pytorch.patterns import Documents, Pattern
 from dilated_attention_pytorch.plans.planner import digest
-from dilated_attention_pytorch.problem import Problem, Run, check_inputs, positions_tensor
+from dilated_attention_pytorch.problem import Positions, Problem, Run, check_inputs, positions_tensor
 from dilated_attention_pytorch.scores import Score
-
-METHODS: Mapping[str, ModuleType] = {"ring": ring, "gather": gather, "all_to_all": heads}
 
 
 @run_eagerly("what ranks send each other is decided call by call: compile without fullgraph")
@@ -80,61 +77,42 @@ def context_parallel_attend(
         >>> context_parallel_attend(x, x, x, Causal(), layout="zigzag").shape
         torch.Size([1, 100, 4, 8])
     """
-    check_layout(layout)
-    check_backend_name(backend)
-    if method != "auto" and method not in METHODS:
-        raise InvalidInput(f"expected method to be one of 'auto', {', '.join(map(repr, METHODS))}. Got {method!r}.")
     flat = resolve_flat_group(group, mesh)
+    rank, size = rank_and_size(flat)
     options: dict[str, Any] = {"scale": scale, "score": score, "dropout_p": dropout_p}
+    error, found = "", 0.0
+    try:
+        _check_names(layout, method, backend, pattern)
+        found, _ = check_inputs(q, k, v, **options, key_padding_mask=key_padding_mask, query_start=query_start or 0)
+        if total_length is not None:
+            key_length = total_length if total_key_length is None else total_key_length
+            _check_rows(q, k, Layout(layout, total_length, size), Layout(layout, key_length, size), rank)
+        q, k, v = autocast_inputs(q, k, v)
+    except InvalidInput as own:
+        if flat is None or total_length is not None:
+            raise
+        error = str(own)
     if flat is None:
         options |= {"key_padding_mask": key_padding_mask, "query_start": query_start, "backend": backend}
         return attend(q, k, v, pattern, **options, return_lse=return_lse)
-    rank, size = rank_and_size(flat)
-    error = ""
-    try:
-        if not isinstance(pattern, Pattern):
-            raise InvalidInput(f"attend: expected a pattern such as Causal(). Got {type(pattern).__name__}.")
-        found, _ = check_inputs(q, k, v, **options, key_padding_mask=key_padding_mask, query_start=query_start or 0)
-        q, k, v = autocast_inputs(q, k, v)
-    except InvalidInput as problem_here:
-        if total_length is not None:
-            raise
-        error, found = str(problem_here), 0.0
-    seed = int(torch.randint(0, 2**62, (1,), device=q.device)) if dropout_p > 0 and not error else 0
     if total_length is None:
-        alike = {} if error else _alike(q, k, v, pattern, options | {"scale": found, "query_start": query_start})
-        alike |= {"layout": layout, "method": method, "backend": backend}
-        alike["key_padding_mask"] = "none" if key_padding_mask is None else "given"
-        rows = (0, 0) if error else (q.shape[1], k.shape[1])
-        told = {name: alike.get(name, "") for name in _NAMES}
-        agreed = agree(flat, Facts(*rows, told, error, seed), layout, _device(q))
+        told = {"layout": layout, "method": method, "backend": backend, "query_start": str(query_start)}
+        told["key_padding_mask"] = "none" if key_padding_mask is None else "given"
+        told |= {} if error else _alike(q, k, v, pattern, options | {"scale": found})
+        agreed = agree(flat, _facts(q, k, told, error, dropout_p), layout)
+    elif dropout_p > 0:
+        raise InvalidInput("context_parallel_attend: dropout needs one seed: leave total_length out, it is found.")
     else:
-        if dropout_p > 0:
-            raise InvalidInput("context_parallel_attend: dropout needs one seed: leave total_length out, it is found.")
-        agreed = Agreed(total_length, total_length if total_key_length is None else total_key_length, seed)
-        _check_rows(q, k, layout, agreed, rank, size)
-    start = agreed.key_length - agreed.query_length if query_start is None else query_start
-    if start < 0:
-        raise InvalidInput(
-            f"attend: {agreed.query_length} queries on ranks 0 to {size - 1} are to be the last rows of "
-            f"{agreed.key_length} keys, which is not possible; pass query_start= to place them."
-        )
-    queries, keys = (
-        tuple(Layout(layout, length, size, first).positions(r) for r in range(size))
-        for length, first in ((agreed.query_length, start), (agreed.key_length, 0))
-    )
-    lengths = None
-    if key_padding_mask is not None:
-        lengths = agree_on_padding(flat, key_padding_mask, positions_tensor(keys[rank], k.device))
-        lengths = None if all(n == agreed.key_length for n in lengths) else lengths
+        agreed = Agreed(total_length, key_length, 0)
+    rows, keys, start = _dealt(agreed, query_start, layout, size)
     problem = Problem(
         q,
         k,
         v,
         scale=found,
-        query_positions=queries[rank],
+        query_positions=rows[rank],
         key_positions=keys[rank],
-        key_lengths=lengths,
+        key_lengths=_key_lengths(flat, key_padding_mask, keys[rank], agreed.key_length),
         score=score,
         dropout_p=dropout_p,
         seed=torch.tensor([agreed.seed], device=q.device) if dropout_p > 0 else None,
@@ -142,7 +120,7 @@ def context_parallel_attend(
     )
     whole = (Run(start, 1, agreed.query_length),), (Run(0, 1, agreed.key_length),)
     pattern.check(replace(problem, query_positions=whole[0], key_positions=whole[1]))
-    call = _call(problem, pattern, World(rank, queries, keys, flat), mesh, method, backend)
+    call = _call(problem, pattern, World(rank, rows, keys, flat), mesh, method, backend)
     out, lse = _ContextAttention.apply(q, k, v, call)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
@@ -168,9 +146,7 @@ class ContextParallel:
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
-        if self.method != "auto" and self.method not in METHODS:
-            names = ", ".join(map(repr, METHODS))
-            raise InvalidInput(f"expected method to be one of 'auto', {names}. Got {self.method!r}.")
+        check_method(self.method)
         if self.mesh is not None and self.group is not None:
             raise InvalidInput("expected group= or mesh=. Got both; leave one out.")
 
@@ -204,21 +180,25 @@ class ContextParallel:
         return {"group": self.group, "mesh": self.mesh, "layout": self.layout}
 
 
-_NAMES = (
-    "batch size",
-    "heads (H, Hkv)",
-    "head dims (D, Dv)",
-    "dtype",
-    "pattern",
-    "scale",
-    "score",
-    "dropout_p",
-    "query_start",
-    "layout",
-    "method",
-    "backend",
-    "key_padding_mask",
-)
+_ALIKE = ("batch size", "heads (H, Hkv)", "head dims (D, Dv)", "dtype", "pattern", "scale", "score", "dropout_p")
+
+
+def _check_names(layout: str, method: str, backend: str, pattern: Pattern) -> None:
+    check_layout(layout)
+    check_method(method)
+    check_backend_name(backend)
+    if not isinstance(pattern, Pattern):
+        raise InvalidInput(f"attend: expected a pattern such as Causal(). Got {type(pattern).__name__}.")
+
+
+def _facts(q: Any, k: Any, told: Mapping[str, str], error: str, dropout_p: float) -> Facts:
+    """What this rank says; one whose arguments are illegal says so, with as many words as the others."""
+    told = {**dict.fromkeys(_ALIKE, ""), **told}
+    if error:
+        device = q.device if isinstance(q, Tensor) else torch.device("cpu")
+        return Facts(0, 0, told, device, error)
+    seed = int(torch.randint(0, 2**62, (1,), device=q.device)) if dropout_p > 0 else 0
+    return Facts(q.shape[1], k.shape[1], told, q.device, seed=seed)
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Mapping[str, Any]) -> dict[str, str]:
@@ -233,7 +213,6 @@ def _alike(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Mapping[s
         "scale": repr(options["scale"]),
         "score": "none" if score is None else _described(score.text, score.tables),
         "dropout_p": repr(float(options["dropout_p"])),
-        "query_start": str(options["query_start"]),
     }
 
 
@@ -248,19 +227,40 @@ def _hash(table: Tensor) -> str:
     return numbers.hex()[:8]
 
 
-def _device(q: Any) -> torch.device:
-    """Where to speak: a rank whose q is no tensor speaks from the CPU."""
-    return q.device if isinstance(q, Tensor) else torch.device("cpu")
-
-
-def _check_rows(q: Tensor, k: Tensor, layout: str, agreed: Agreed, rank: int, size: int) -> None:
-    for name, x, length in (("q", q, agreed.query_length), ("k", k, agreed.key_length)):
-        expected = Layout(layout, length, size).count(rank)
-        if x.shape[1] != expected:
+def _check_rows(q: Tensor, k: Tensor, queries: Layout, keys: Layout, rank: int) -> None:
+    """Raise InvalidInput unless the shards are those of the layouts."""
+    for name, x, whole in (("q", q, queries), ("k", k, keys)):
+        if x.shape[1] != whole.count(rank):
             raise InvalidInput(
-                f"context_parallel_attend: rank {rank} of {size} holds {expected} of {length} rows of {name} in layout "
-                f"{layout!r}. Got {x.shape[1]}; cut the sequence with shard_sequence, or leave total_length out."
+                f"context_parallel_attend: rank {rank} of {whole.world} holds {whole.count(rank)} of {whole.length} "
+                f"rows of {name} in layout {whole.name!r}. Got {x.shape[1]}; cut the sequence with shard_sequence, or "
+                "leave total_length out."
             )
+
+
+def _dealt(
+    agreed: Agreed, query_start: int | None, layout: str, size: int
+) -> tuple[tuple[Positions, ...], tuple[Positions, ...], int]:
+    """Where the queries and the keys of each rank stand, and the first query of all."""
+    start = agreed.key_length - agreed.query_length if query_start is None else query_start
+    if start < 0:
+        raise InvalidInput(
+            f"attend: {agreed.query_length} queries on ranks 0 to {size - 1} are to be the last rows of "
+            f"{agreed.key_length} keys, which is not possible; pass query_start= to place them."
+        )
+    rows = Layout(layout, agreed.query_length, size, start), Layout(layout, agreed.key_length, size)
+    queries, keys = (tuple(whole.positions(rank) for rank in range(size)) for whole in rows)
+    return queries, keys, start
+
+
+def _key_lengths(
+    group: dist.ProcessGroup, mask: Tensor | None, positions: Positions, length: int
+) -> tuple[int, ...] | None:
+    """Visible keys of each sample over all ranks; None where all are."""
+    if mask is None:
+        return None
+    lengths = agree_on_padding(group, mask, positions_tensor(positions, mask.device))
+    return None if all(n == length for n in lengths) else lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +271,7 @@ class _Call:
     pattern: Pattern
     outer: World
     inner: World | None
-    method: ModuleType
+    method: Method
     backend: str
 
     @property
