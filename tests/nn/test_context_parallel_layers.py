@@ -24,6 +24,7 @@ from dilated_attention_pytorch import (
 from dilated_attention_pytorch.nn import ShortConvolution, set_context_parallel
 from dilated_attention_pytorch.nn.shards import as_context, shard_rows, whole_lengths, whole_shapes
 from dilated_attention_pytorch.parallel import ContextParallel
+from dilated_attention_pytorch.parallel import context as engine
 from parallel.worlds import ends_of_world, run_world
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="worlds are forked")
@@ -164,6 +165,33 @@ def from_a_mesh():
 def test_layers_take_a_dim_of_a_mesh():
     for differences in run_world(2, from_a_mesh):
         assert all(float(difference.abs().max()) < 1e-12 for difference in differences)
+
+
+def agreements():
+    """How often ranks agree on a call in one forward of two layers, without and with dropout."""
+    counted, agree = [], engine.agree
+    engine.agree = lambda *arguments: counted.append(1) or agree(*arguments)
+    counts = []
+    for name in ("lm", "lm with dropout"):
+        model = BUILDERS[name]()
+        set_context_parallel(model, ContextParallel())
+        model(torch.ones(1, 20, dtype=torch.int64))
+        counts.append(len(counted))
+    return counts
+
+
+def test_ranks_agree_once_in_a_stack_or_at_each_drawing_of_dropout():
+    assert run_world(2, agreements) == [[1, 3], [1, 3]]
+
+
+def other_batch():
+    model = BUILDERS["lm"]()
+    set_context_parallel(model, ContextParallel())
+    model(torch.ones(1 + dist.get_rank(), 20, dtype=torch.int64))
+
+
+def test_ranks_of_one_sequence_share_their_batch():
+    assert all("hold [1, 2] samples" in end.text for end in ends_of_world(2, other_batch))
 
 
 def wrong_shards():

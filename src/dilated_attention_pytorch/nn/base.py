@@ -12,7 +12,7 @@ from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.backends import check_backend_name
 from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.shards import as_context, whole_shapes
+from dilated_attention_pytorch.nn.shards import ShardRows, as_context, whole_shapes
 from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Documents, Pattern
 from dilated_attention_pytorch.problem import check_inputs
@@ -72,6 +72,7 @@ class PatternAttention(nn.Module):
         query_start: int | None = None,
         documents: Documents | None = None,
         need_weights: bool = False,
+        rows: ShardRows | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention (B, Nq, H, Dv) of ``query (B, Nq, H, D)`` over ``key (B, Nk, Hkv, D)``, ``value (B, Nk, Hkv, Dv)``.
 
@@ -81,11 +82,15 @@ class PatternAttention(nn.Module):
         ``need_weights`` also the weights (B, H, Nq, Nk), without dropout, in O(Nq Nk) memory.
 
         Where ``context_parallel`` is set, tensors and the padding mask are shards, while ``query_start`` and documents
-        speak of whole sequences; attention_mask and need_weights are refused.
+        speak of whole sequences; attention_mask and need_weights are refused. ``rows`` are those of queries and keys
+        where they are known: ranks then need not agree on this call, and do not check that they ask for the same.
         """
         pattern = self.choose_pattern(query, key, is_causal, query_start)
         if documents is not None:
             pattern = documents.of(pattern)
+        if self.context_parallel is not None:
+            _check_shards(attention_mask, need_weights)
+            return self._attend_shards(query, key, value, pattern, key_padding_mask, query_start, rows)
         return self._attend(query, key, value, pattern, attention_mask, key_padding_mask, query_start, need_weights)
 
     def _attend(
@@ -99,9 +104,6 @@ class PatternAttention(nn.Module):
         query_start: int | None,
         need_weights: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if self.context_parallel is not None:
-            self._check_shards(attention_mask, need_weights)
-            return self._attend_shards(query, key, value, pattern, key_padding_mask, query_start)
         bias = None
         if attention_mask is not None:
             bias = bias_from_mask("attention_mask", attention_mask, query, true_takes_part=True)
@@ -125,8 +127,12 @@ class PatternAttention(nn.Module):
         pattern: Pattern,
         key_padding_mask: Tensor | None,
         query_start: int | None,
+        rows: ShardRows | None,
     ) -> Tensor:
         assert self.context_parallel is not None
+        dropout_p = self.attention_dropout if self.training else 0.0
+        if dropout_p > 0:
+            rows = None  # ranks must agree on a seed
         out: Tensor = self.context_parallel.attend(
             query,
             key,
@@ -136,23 +142,24 @@ class PatternAttention(nn.Module):
             score=self.score,
             key_padding_mask=key_padding_mask,
             query_start=query_start,
-            dropout_p=self.attention_dropout if self.training else 0.0,
+            dropout_p=dropout_p,
+            total_length=None if rows is None else rows.length,
             backend=self.backend,
         )
         return out
 
-    @staticmethod
-    def _check_shards(attention_mask: Tensor | None, need_weights: bool) -> None:
-        if attention_mask is not None:
-            raise InvalidInput(
-                "a mask over pairs (Nq, Nk) is not dealt over ranks: with context_parallel say who sees whom by the "
-                "pattern, key_padding_mask or documents."
-            )
-        if need_weights:
-            raise InvalidInput(
-                "attention weights (Nq, Nk) are not dealt over ranks: ask for them in one process, without "
-                "context_parallel."
-            )
+
+def _check_shards(attention_mask: Tensor | None, need_weights: bool) -> None:
+    if attention_mask is not None:
+        raise InvalidInput(
+            "a mask over pairs (Nq, Nk) is not dealt over ranks: with context_parallel say who sees whom by the "
+            "pattern, key_padding_mask or documents."
+        )
+    if need_weights:
+        raise InvalidInput(
+            "attention weights (Nq, Nk) are not dealt over ranks: ask for them in one process, without "
+            "context_parallel."
+        )
 
 
 def check_op(op: object) -> str:

@@ -100,6 +100,7 @@ class MultiheadPatternAttention(nn.Module):
         query_start: int | None = None,
         documents: Documents | None = None,
         cache: LayerCache | None = None,
+        rows: ShardRows | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The layer's output (B, Nq, E) for ``query (B, Nq, E)``, ``key`` and ``value (B, Nk, E)``; None is the query.
 
@@ -113,7 +114,8 @@ class MultiheadPatternAttention(nn.Module):
         row of the first query among the keys; None makes queries the last rows. Pattern and positions restart in each
         of ``documents``, so that a packed sample equals the sample alone. ``cache`` is read, and keeps the new keys and
         values: self-attention under torch.no_grad(), in one process. Where tokens are dealt over ranks, documents and
-        ``query_start`` are those of the whole sequence, and position_ids those of this rank's rows.
+        ``query_start`` are those of the whole sequence, and position_ids those of this rank's rows; ``rows`` as in
+        `PatternAttention.forward`.
 
         Raises InvalidInput for shapes, dtypes and options that do not fit; nothing is cached then.
         """
@@ -131,6 +133,7 @@ class MultiheadPatternAttention(nn.Module):
             query_start=query_start,
             documents=documents,
             cache=cache,
+            **({} if rows is None else {"rows": rows}),
         )
 
     def _forward(

@@ -49,14 +49,14 @@ def as_context(context: ContextParallel | DeviceMesh | None) -> ContextParallel 
 def whole_lengths(context: ContextParallel, *shards: Tensor) -> tuple[int, ...]:
     """The tokens of all ranks together, for each of some shards (B, n, ...) that every rank gives.
 
-    Raises InvalidInput on every rank, naming ranks and lengths, unless they are the layout's shards.
+    Raises InvalidInput on every rank, naming ranks and numbers, unless they are the layout's shards of one batch.
 
     Example:
         >>> whole_lengths(ContextParallel(), torch.zeros(1, 5, 8), torch.zeros(1, 3, 8))
         (5, 3)
     """
     group = resolve_flat_group(context.group, context.mesh)
-    own = torch.tensor([x.shape[1] for x in shards], device=shards[0].device)
+    own = torch.tensor([n for x in shards for n in x.shape[:2]], device=shards[0].device)
     _, size = rank_and_size(group)
     counts = [torch.empty_like(own) for _ in range(size)]
     if group is None:
@@ -64,7 +64,12 @@ def whole_lengths(context: ContextParallel, *shards: Tensor) -> tuple[int, ...]:
     else:
         dist.all_gather(counts, own, group=group)
     lengths = []
-    for held in torch.stack(counts, 1).tolist():  # by rank
+    table = torch.stack(counts, 1).tolist()  # samples and tokens of each shard, by rank
+    for samples, held in zip(table[::2], table[1::2]):
+        if len(set(samples)) > 1:
+            raise InvalidInput(
+                f"ranks 0 to {size - 1} hold {samples} samples; those of one sequence share their batch."
+            )
         whole = Layout(context.layout, sum(held), size)
         expected = [whole.count(rank) for rank in range(size)]
         if held != expected:

@@ -163,6 +163,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
         rotation: Rotation | None = None,
         documents: Documents | None = None,
         cache: LayerCache | None = None,
+        rows: ShardRows | None = None,
     ) -> Tensor:
         """The block's output (B, N, E); options as in `MultiheadDilatedAttention.forward`."""
         added = self.self_attn(
@@ -172,6 +173,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
             rotation=rotation,
             documents=documents,
             cache=cache,
+            rows=rows,
         )
         src = src + self.dropout(added)
         return src + self.feed_forward(src)  # type: ignore[no-any-return]
@@ -323,6 +325,8 @@ class DilatedTransformer(nn.Module):
         """
         self._check_memory(memory, memory_key_padding_mask, memory_is_causal, cache, documents)
         past = self._past(cache)
+        if rows is None and self.context_parallel is not None:
+            rows = shard_rows(self.context_parallel, x)
         rotation = self._rotation(x, past, position_ids, documents, rows)
         try:
             for i, layer in enumerate(self.layers):
@@ -334,6 +338,8 @@ class DilatedTransformer(nn.Module):
                 else:
                     options["documents"] = documents
                     options["cache"] = None if cache is None else cache.layers[i]
+                    if i > 0:  # in the first layer ranks check that they ask for the same
+                        options["rows"] = rows
                 if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                     x = checkpoint(layer, *arguments, use_reentrant=False, **options)
                 else:
@@ -380,12 +386,10 @@ class DilatedTransformer(nn.Module):
                     f"position={attention.position!r} has no use for position_ids; leave them out, or use 'rotary'."
                 )
             return None
-        if rows is None:
-            context = self.context_parallel
-            rows = ShardRows(x.shape[1], None) if context is None else shard_rows(context, x)
+        length, at = (x.shape[1], None) if rows is None else rows
         return attention.positions.table(
-            rows.length,
-            at=rows.at,
+            length,
+            at=at,
             start=past,
             position_ids=position_ids,
             documents=documents,
