@@ -66,9 +66,7 @@ def start_saving(
     for name, value in random_state(next(model.parameters()).device).items():
         state[f"{name}.{rank}"] = value
     stager = DefaultStager(StagingOptions(False, False, False, False))  # copies before it returns
-    # DTensors of parameters want a gradient, and the copy of one that does is refused
-    plain = {name: value.detach() for name, value in state.items()}
-    future = async_save(plain, storage_writer=_Writer(folder, progress, size), process_group=group, async_stager=stager)
+    future = async_save(state, storage_writer=_Writer(folder, progress, size), process_group=group, async_stager=stager)
     assert isinstance(future, Future)
     future.add_done_callback(lambda _: stager.close())
     return future
