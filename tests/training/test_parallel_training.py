@@ -198,7 +198,7 @@ def test_one_process_sends_nothing():
         ({"parallel": "ddp", "gradient_compression": "fp16"}, 1, "torchrun"),
         ({"context_parallel": 3}, 4, "must divide the number of processes, 4"),
         ({"batch_size": 3}, 2, "batch_size 3"),
-        ({"batch_size": 1, "context_parallel": 2}, 4, "multiple of 2"),
+        ({"batch_size": 1, "context_parallel": 2}, 4, "--set batch_size=2"),
     ],
 )
 def test_processes_that_cannot_share_the_work_are_refused(changes, size, words):

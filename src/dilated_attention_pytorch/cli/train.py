@@ -101,9 +101,9 @@ def train(
 
     torchrun --nproc-per-node 4 -m dilated_attention_pytorch.cli train --context-parallel 2 --set batch_size=2
 
-    trains the same model with the same losses on 4 CPUs or GPUs: here 2 processes share each sequence, and each of the
-    2 pairs takes one sequence of the batch. --resume continues a run at any number of processes; the options that say
-    how they share may then be given anew.
+    trains the same model with the same losses on 4 CPUs or GPUs. Here 2 processes share each sequence, and each pair
+    takes one sequence of the batch. With --folder NAME, torchrun --max-restarts 3 goes on by itself after a failure.
+    --resume continues a run with any number of processes; how they share the work may then be said anew.
     """
     from torch import OutOfMemoryError
 

@@ -168,7 +168,7 @@ def check_sharing(settings: TrainingSettings, size: int) -> None:
     if settings.batch_size % (size // parts) != 0:
         raise InvalidInput(
             f'batch_size {settings.batch_size} cannot be dealt over {size // parts} ranks of "data" ({size} processes '
-            f"by context_parallel {parts}); set batch_size to a multiple of {size // parts}"
+            f"by context_parallel {parts}); make it a multiple: --set batch_size={size // parts}"
         )
 
 
