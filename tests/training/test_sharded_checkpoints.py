@@ -145,6 +145,21 @@ def test_a_run_goes_on_with_other_numbers_of_processes(new_run):
     assert losses(run) == pytest.approx(losses(straight), abs=1e-4)
 
 
+def interrupted(path, port):
+    def interrupt(step):
+        if step.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rank_trains(path, port, calm_reader, interrupt)
+
+
+def test_a_checkpoint_under_way_becomes_whole_when_training_is_interrupted(new_run):
+    run = new_run("run")
+    run_world(2, interrupted, run.path, free_port())
+    assert newest_checkpoint(run).name == "step-00000004"
+
+
 def killed_while_saving(path, port, method, victim):
     """As `rank_trains`, but the rank `victim` is killed in the middle of writing the second checkpoint."""
     rank, called, original = dist.get_rank(), [], getattr(sharded._Writer, method)

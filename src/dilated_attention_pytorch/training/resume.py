@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,7 @@ from dilated_attention_pytorch.training.checkpoint import (
     save_checkpoint,
 )
 from dilated_attention_pytorch.training.environment import launch
+from dilated_attention_pytorch.training.faults import GRACE
 from dilated_attention_pytorch.training.ranks import ALONE, Ranks
 from dilated_attention_pytorch.training.run import Run
 from dilated_attention_pytorch.training.settings import TrainingSettings
@@ -151,6 +152,7 @@ class Checkpoints:
         if error is None:
             self.wait()
         elif self._saving is not None:  # it may still become whole; if not, `error` is what matters
-            late = self._saving.exception()
+            done, _ = wait([self._saving], GRACE.total_seconds())
+            late = self._saving.exception() if done else TimeoutError("a rank has not written")
             if late is not None:
                 log.warning("the last checkpoint was not written: %s", late)
