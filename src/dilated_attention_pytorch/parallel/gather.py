@@ -33,6 +33,8 @@ def reasons_against(problem: Problem, pattern: Pattern, world: World) -> list[st
     reasons = []
     if pattern.branches() is None:
         reasons.append("gather needs a pattern in closed form (Full, Causal, Window, Dilated, longnet, Documents.of)")
+    if any(table.is_meta for table in pattern.tables):
+        reasons.append("gather plans from the lengths of documents, and these are on the meta device")
     if problem.score is not None and not isinstance(problem.score, Softcap):
         reasons.append("gather has no score rules that read positions: a grid's rows are numbered anew")
     if problem.bias is not None:
@@ -50,6 +52,13 @@ def traffic(problem: Problem, pattern: Pattern, world: World) -> Traffic:
 
     A row travels once for each branch whose queries there see it, in the problem's dtype; gradients travel in the
     accumulate dtype. Read from shapes and positions alone.
+
+    Example:
+        >>> from dilated_attention_pytorch import Dilated
+        >>> from dilated_attention_pytorch.problem import Run
+        >>> x, rows = torch.empty(1, 4, 1, 8), ((Run(0, 1, 4),), (Run(4, 1, 4),))
+        >>> traffic(Problem(x, x, x, 1.0, rows[0], rows[0]), Dilated(8, 2), World(0, rows, rows))  # 2 rows come
+        Traffic(forward=128, backward=128)
     """
     received, sent = traffic_rows(_terms(problem, pattern, world), world.rank, world.queries, world.keys)
     width = problem.k.shape[3] + problem.v.shape[3]
@@ -62,8 +71,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """(out, lse) of this rank's queries in the accumulate dtype, and the rows that came, which backward wants again."""
     p = problem
-    if world.group is None:
+    if world.size == 1:
         return *partial_forward(p, pattern, backend), ()
+    assert world.group is not None, "this world is only planned"
     plan = _plan(p, pattern, world)
     place = plan.sent_rows()
     wire = torch.cat((p.k[place], p.v[place]), -1)  # (rows, D + Dv)
@@ -92,8 +102,9 @@ def backward(
 ) -> Gradients:
     """The gradients of this rank's rows in the accumulate dtype; those of rows that came go back to their ranks."""
     p = problem
-    if world.group is None:
+    if world.size == 1:
         return partial_backward(p, pattern, dout, dlse, out, lse, backend)
+    assert world.group is not None, "this world is only planned"
     plan, (came,) = _plan(p, pattern, world), kept
     shares = []
     back = torch.zeros(came.shape, dtype=p.accumulate_dtype, device=came.device)

@@ -253,7 +253,10 @@ def query_places(term: Term, section: Section, queries: Runs) -> Runs:
 
 
 def needed(term: Term, section: Section, queries: Runs) -> Iterator[Runs]:
-    """The positions in a section that queries see, as runs (C, ranks) that share none; ``queries`` is (ranks, Q)."""
+    """The positions in a section that queries see, as runs (C, ranks) that share none; ``queries`` is (ranks, Q).
+
+    Where a rank has several runs whose windows leave rows out between them, those rows are taken too.
+    """
     met = query_places(term, section, queries)  # (C, ranks, Q)
     some, r = met.length > 0, term.rate
     origin = section.low + term.offsets[:, None]
