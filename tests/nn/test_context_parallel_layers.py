@@ -44,6 +44,7 @@ BUILDERS = {
     "encoder": lambda: LongNetEncoder(WIDTH, 4, 2, 64, **BRANCHES),
     "encoder-decoder": lambda: LongNet(WIDTH, 4, 1, 1, 64, **BRANCHES),
     "dilated": lambda: MultiheadDilatedAttention(WIDTH, 4, **BRANCHES, position="rotary"),
+    "cross": lambda: MultiheadDilatedAttention(WIDTH, 4, **BRANCHES, num_kv_heads=2, position="rotary"),
     "blocks": lambda: MultiheadBlockSparseAttention(
         WIDTH, 4, "global_local", block_size=8, window=16, position="rotary", dtype=torch.float64
     ),
@@ -77,6 +78,8 @@ CASES = [
     Case("encoder-decoder", length=50, layout="contiguous"),
     Case("dilated", documents=[30, 20, 17]),
     Case("dilated", length=2),
+    Case("cross"),
+    Case("cross", length=2, layout="contiguous"),
     Case("blocks", layout="striped"),
     Case("blocks", padding=9),
     Case("blocks of a longest", length=100),
@@ -109,8 +112,12 @@ def computed(case, context=None):
         for name, dim in (("key_padding_mask", 1), ("position_ids", 0)):
             if name in options:
                 options[name] = context.shard(options[name], dim)
+    memory = []
+    if case.model == "cross":
+        memory = [torch.randn(2, case.length + 20, WIDTH, generator=draw, dtype=torch.float64)] * 2
+        memory = memory if context is None else [context.shard(memory[0])] * 2
     torch.manual_seed(11)
-    out = model(x, **options)
+    out = model(x, *memory, **options)
     (out * weights).sum().backward()
     return out.detach() * (weights != 0), [p.grad for p in model.parameters()]
 
