@@ -62,6 +62,7 @@ def meet(a: Runs, b: Runs) -> Runs:
 def _inverse(x: Numbers, modulus: Numbers) -> Numbers:
     """``pow(x, -1, modulus)``, elementwise; there are few different ones."""
     x, modulus = np.broadcast_arrays(x, modulus)
+    assert max(x.max(initial=0), modulus.max(initial=0)) < 1 << 31, "a pair is one number, a product stays in int64"
     known, which = np.unique(x << 32 | modulus, return_inverse=True)
     inverses = [pow(pair >> 32, -1, pair & 0xFFFFFFFF) for pair in known.tolist()]
     found: Numbers = np.array(inverses, dtype=np.int64)[which].reshape(x.shape)
