@@ -82,10 +82,9 @@ def agree_on_padding(group: dist.ProcessGroup, key_padding_mask: Tensor, positio
 
 def _everyones(group: dist.ProcessGroup, own: Tensor) -> Tensor:
     """Every rank's numbers, by rank."""
-    size = dist.get_world_size(group)
-    told = own.new_empty(size * own.numel())
-    dist.all_gather_into_tensor(told, own.flatten(), group=group)
-    return told.view(size, *own.shape)
+    told = own.new_empty((dist.get_world_size(group), *own.shape))
+    dist.all_gather(list(told), own, group=group)
+    return told
 
 
 def _number(text: str) -> int:
