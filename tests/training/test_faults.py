@@ -191,17 +191,17 @@ def test_one_process_works_alone():
 def test_a_restart_of_the_same_command_goes_on_with_its_run(new_run, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     run = new_run("run")
-    assert run_before_restart(run.path, run.settings, run.model_config) is None  # the first time, Run.create refuses
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert run_before_restart(run.path, run.settings, run.model_config).path == run.path
     assert run_before_restart(run.path.parent / "new", run.settings, run.model_config) is None
-    with pytest.raises(InvalidInput, match="did not begin"):
+    with pytest.raises(InvalidInput, match="another model"):
         run_before_restart(run.path, run.settings, {"kind": "another"})
-    with pytest.raises(InvalidInput, match="did not begin"):
+    with pytest.raises(InvalidInput, match="other settings"):
         run_before_restart(run.path, dataclasses.replace(run.settings, seed=8), run.model_config)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")  # its first start was refused
-    with pytest.raises(InvalidInput, match="did not begin"):
-        run_before_restart(run.path, run.settings, run.model_config)
+    for other in ("two", None):  # Run.create refuses the folder then
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        if other is not None:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        assert run_before_restart(run.path, run.settings, run.model_config) is None
 
 
 def test_a_command_that_may_be_restarted_names_its_folder(tmp_path, monkeypatch):

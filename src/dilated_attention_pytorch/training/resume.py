@@ -73,18 +73,20 @@ def check_restart(folder: Path | None) -> None:
 
 
 def run_before_restart(path: Path, settings: TrainingSettings, model_config: dict[str, Any]) -> Run | None:
-    """The run that this command began in `path` before torchrun ran it again; None when it has not begun one.
+    """The run in `path` that this very launch of torchrun began before it ran the command again; None without one.
 
-    Raises InvalidInput when the folder holds a run of another launch, with other settings, or of another model.
+    The launch decides, not torchrun's count of restarts, which differs between nodes. Raises InvalidInput when the
+    launch has begun a run there with other settings or another model.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not (path / "training.json").is_file():
+    if launch() is None or not (path / "training.json").is_file():
         return None
     run = Run.open(path)
-    same = run.settings == settings and run.model_config == json.loads(json.dumps(model_config))
-    if not same or run.record.get("launch") != launch():
+    if run.record.get("launch") != launch():
+        return None
+    if run.settings != settings or run.model_config != json.loads(json.dumps(model_config)):
         raise InvalidInput(
-            f"{path} holds a run that this command did not begin; name another folder, or continue it with --resume "
-            f"{path}"
+            f"{path} holds a run of this launch with other settings or another model; name another folder, or continue "
+            f"it with --resume {path}"
         )
     return run
 
