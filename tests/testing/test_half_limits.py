@@ -1,5 +1,6 @@
 """What half types may be off by: what a rounded out makes of gradients is allowed for, and nothing more is."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -74,6 +75,22 @@ def test_wrong_backends_fail_in_half_types_too(name):
     cases = [c for c in CASES if c.name in ("longnet", "longnet-placed", "sparse_rows", "longnet_causal-padded")]
     with pytest.raises(ContractViolation):
         check_contract(mutant, cases, dtypes=[torch.bfloat16])
+
+
+class Rounding(DenseBackend):
+    """Rounds the results of shares, so that a ring adds up their errors."""
+
+    name = "rounding"
+
+    def forward(self, problem, plan):
+        return super().forward(replace(problem, partial=False), plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_shares_in_half_precision_fail(dtype):
+    (case,) = (c for c in CASES if c.name == "longnet")
+    with pytest.raises(ContractViolation, match=r"law 1 of a share.*: out is .*16, expected .* torch\.float32"):
+        check_case(Rounding(), case, dtype, "cpu", ContractReport())
 
 
 def test_what_is_no_number_is_above_every_limit():
