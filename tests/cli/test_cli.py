@@ -157,6 +157,16 @@ def test_a_run_in_two_parts_equals_one_in_one_part(text: Path, tmp_path: Path, m
     assert evaluations[0] == evaluations[1]
 
 
+def test_one_short_document_has_no_standard_error_and_still_a_report(tmp_path: Path) -> None:
+    file, run = tmp_path / "book.txt", tmp_path / "run"
+    file.write_text(" ".join(f"word{number % 97}" for number in range(4000)))
+    result = call("train", "--data", str(file), "--run", str(run), "--steps", "1", *OPTIONS)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    assert all(row["standard_error"] is None and row["bits_per_byte"] > 0 for row in rows)
+    assert (run / "report.html").exists()
+
+
 def test_runs_without_a_name_never_overwrite(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):

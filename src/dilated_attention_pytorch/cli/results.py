@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -42,7 +43,7 @@ def write_results(run: Run, model: LongNetLM, targets: int = TARGETS) -> None:
             bytes_per_target=min(128, contexts[0] // 2),
             on_progress=on_progress,
         )
-    write_json(run.path / "evaluation.json", dataclasses.asdict(evaluation))
+    write_json(run.path / "evaluation.json", _finite(dataclasses.asdict(evaluation)))
     out.print(context_table(evaluation).to_rich())
     out.print(Text(f"evaluated in {time.perf_counter() - began:.0f} s", style="dim"))
     given, written = continuation(run, model)
@@ -54,6 +55,15 @@ def write_results(run: Run, model: LongNetLM, targets: int = TARGETS) -> None:
     html = training_page(run.path, run.record, parameters, metrics, evaluation, (given[-600:], written))
     write_whole(run.path / "report.html", html.encode())
     out.print(Text.assemble("report  ", (str(run.path / "report.html"), "bold")))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity, which a standard error is where all targets are of one document: null stands for it."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def continuation(run: Run, model: LongNetLM) -> tuple[str, str]:
