@@ -66,6 +66,7 @@ DISAGREEMENTS = {
         lambda r: (shard(heads=6, kv_heads=3), Full(), {"method": "all_to_all"}),
         r"\b3\b.*\b2\b",
     ),
+    "backend of the rank that has rows": (lambda r: (shard(length=1), Full(), {"backend": "triton"}), "triton"),
     "one rank's own error": (lambda r: (shard() if r else [x[0] for x in shard()], Full(), {}), "rank 0"),
 }
 

@@ -13,13 +13,12 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.attention import attend, autocast_inputs
-from dilated_attention_pytorch.backends import Gradients, check_backend_name
+from dilated_attention_pytorch.backends import check_backend_name
 from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.parallel import heads
 from dilated_attention_pytorch.parallel.agreement import Agreed, Facts, agree, agree_on_padding
-from dilated_attention_pytorch.parallel.choice import METHODS, Method, check_method, choose_method
-from dilated_attention_pytorch.parallel.grouping import two_worlds
+from dilated_attention_pytorch.parallel.call import Call, make_call
+from dilated_attention_pytorch.parallel.choice import check_method
 from dilated_attention_pytorch.parallel.layouts import Layout, check_layout
 from dilated_attention_pytorch.parallel.sharding import resolve_flat_group, shard_sequence, unshard_sequence
 from dilated_attention_pytorch.parallel.world import World, rank_and_size
@@ -120,7 +119,9 @@ def context_parallel_attend(
     )
     whole = (Run(start, 1, agreed.query_length),), (Run(0, 1, agreed.key_length),)
     pattern.check(replace(problem, query_positions=whole[0], key_positions=whole[1]))
-    call = _call(problem, pattern, World(rank, rows, keys, flat), mesh, method, backend)
+    call = make_call(problem, pattern, World(rank, rows, keys, flat), mesh, method, backend)
+    if total_length is None:
+        call.agree_on_backend(flat)
     out, lse = _ContextAttention.apply(q, k, v, call)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
@@ -263,76 +264,11 @@ def _key_lengths(
     return None if all(n == length for n in lengths) else lengths
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """What forward and backward of one call share besides tensors: the problem without rows, and how it is done."""
-
-    problem: Problem  # its q, k, v hold no numbers
-    pattern: Pattern
-    outer: World
-    inner: World | None
-    method: Method
-    backend: str
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether what a forward pass keeps is all that backward reads: heads of all rows, but for shapes."""
-        exchanging = self.outer if self.inner is None and self.method is heads else self.inner
-        return exchanging is not None and exchanging.size > 1
-
-    @property
-    def without_numbers(self) -> tuple[Tensor, ...]:
-        """q, k, v, out and lse as shapes only."""
-        p = self.problem
-        out = p.q.new_empty(1).expand(p.batch, p.query_length, p.num_heads, p.v.shape[3])
-        lse = p.q.new_empty(1, dtype=p.accumulate_dtype).expand(p.batch, p.num_heads, p.query_length)
-        return p.q, p.k, p.v, out, lse
-
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        def compute(p: Problem, pattern: Pattern) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-            found: tuple[Tensor, Tensor, tuple[Tensor, ...]]
-            found = self.method.forward(p, pattern, self.outer, self.backend)
-            return found
-
-        if self.inner is None:
-            return compute(problem, self.pattern)
-        return heads.forward_with(problem, self.pattern, self.inner, compute)
-
-    def backward(
-        self, p: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, kept: tuple[Tensor, ...]
-    ) -> Gradients:
-        def compute(problem: Problem, pattern: Pattern, *given: Any) -> Gradients:
-            grads: Gradients = self.method.backward(problem, pattern, self.outer, *given, self.backend)
-            return grads
-
-        if self.inner is None:
-            return compute(p, self.pattern, dout, dlse, out, lse, kept)
-        return heads.backward_with(p, self.pattern, self.inner, dout, dlse, out, lse, kept, compute)
-
-
-def _call(
-    problem: Problem, pattern: Pattern, world: World, mesh: DeviceMesh | None, method: str, backend: str
-) -> _Call:
-    q, k, v = (x.new_empty(1).expand(x.shape) for x in (problem.q, problem.k, problem.v))
-    shapes = replace(problem, q=q, k=k, v=v)
-    if mesh is None or mesh.ndim == 1 or method == "all_to_all":
-        name = choose_method(shapes, pattern, world, method).name
-        return _Call(shapes, pattern, world, None, METHODS[name], backend)
-    if mesh.ndim != 2:
-        raise InvalidInput(f"context_parallel_attend: expected a mesh of one or two dims. Got {mesh.ndim}.")
-    outer, inner = two_worlds(world, mesh.size(1), mesh.get_group(1), mesh.get_group(0))
-    against = heads.reasons_against(shapes, pattern, inner)
-    if against:
-        raise InvalidInput(f"context_parallel_attend: rows of the mesh exchange heads for tokens. {'; '.join(against)}")
-    name = choose_method(*heads.inside(shapes, pattern, inner), outer, method).name
-    return _Call(shapes, pattern, outer, inner, METHODS[name], backend)
-
-
 class _ContextAttention(torch.autograd.Function):
     """The one node of a call: what travels back is known only to the call as a whole."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """(out in q's dtype, lse) of this rank's rows."""
         out, lse, kept = call.forward(replace(call.problem, q=q, k=k, v=v))
         out = out.to(q.dtype)
@@ -345,7 +281,7 @@ class _ContextAttention(torch.autograd.Function):
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of this rank's rows, which all ranks compute together."""
-        call: _Call = ctx.call
+        call: Call = ctx.call
         kept = ctx.saved_tensors  # to be read once where activations are checkpointed
         own, kept = (call.without_numbers, kept) if call.keeps_all else (kept[:5], kept[5:])
         q, k, v, out, lse = own

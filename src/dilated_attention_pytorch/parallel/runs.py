@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch import attention
-from dilated_attention_pytorch.backends import Gradients
+from dilated_attention_pytorch.backends import Gradients, needs_tiles, select
 from dilated_attention_pytorch.merging import merge_into
 from dilated_attention_pytorch.parallel.shapes import relative
 from dilated_attention_pytorch.parallel.sight import sees
 from dilated_attention_pytorch.patterns import Pattern
+from dilated_attention_pytorch.plans import candidate_plans
 from dilated_attention_pytorch.problem import Positions, Problem, Run
 
 MOST_PAIRS = 64
@@ -86,6 +87,12 @@ def partial_backward(
         total.k[:, keys] += dk
         total.v[:, keys] += dv
     return _no_gradients(p) if total is None else total
+
+
+def check_backend(problem: Problem, pattern: Pattern, backend: str) -> None:
+    """Raise NoBackend, with its reasons, unless the backend of this name can compute the problem; reads shapes only."""
+    for piece in _pieces(problem, pattern):
+        select(piece.problem, candidate_plans(piece.pattern, piece.problem, needs_tiles(backend)), backend)
 
 
 def _nothing(p: Problem) -> tuple[Tensor, Tensor]:
