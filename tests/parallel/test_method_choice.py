@@ -133,6 +133,10 @@ def test_of_a_large_world_some_ranks_stand_for_all():
     assert (len(ranks), ranks[0], ranks[-1]) == (32, 0, 999)
     assert ranks == sorted(set(ranks))
     assert asked_ranks(32) == list(range(32))
+    assert asked_ranks(9, 3) == [0, 4, 8]
+    big = chosen(Full(), size=16, problem=whole(heads=16))
+    world = planned_world(whole(heads=16), "contiguous", 16)
+    assert big.received["ring"] == most_received(received_by("ring", whole(heads=16), Full(), world))
 
 
 def test_explanation_of_a_world():
@@ -154,7 +158,13 @@ def test_explanation_of_a_world():
     seconds = (found.forward_flops + found.backward_flops) / (machine.half_rate * machine.attained)
     assert found.seconds == pytest.approx(seconds + found.forward.exposed + found.backward.exposed)
     text = str(found)
-    for part in ("8 ranks, contiguous", "gather among 8: the fewest bytes", f"{work.heaviest:,}", "imbalance  1.010", "h100"):
+    for part in (
+        "8 ranks, contiguous",
+        "gather among 8: the fewest bytes",
+        f"{work.heaviest:,}",
+        "imbalance  1.010",
+        "h100",
+    ):
         assert part in text
     assert f"{found.received.forward / 2**20:,.1f} MiB forward" in text
     assert f"{found.forward.share:.0%} of" in text

@@ -46,6 +46,8 @@ METHODS: Mapping[str, Method] = {"gather": gather, "ring": ring, "all_to_all": h
 """The methods by name; of those that receive equally much the first is taken."""
 ASKED_RANKS = 32
 """Of a larger world so many ranks are asked what they receive, evenly spread from the first to the last."""
+CHOOSING_RANKS = 8
+"""So many are asked where a method is to be chosen, on the way to a result."""
 _CACHE_SIZE = 256
 _cache: OrderedDict[tuple[object, ...], Any] = OrderedDict()
 _lock = threading.Lock()
@@ -57,8 +59,8 @@ Found = TypeVar("Found")
 class Choice:
     """The method that is taken, and what it goes by.
 
-    ``received`` is what the busiest rank receives and ``imbalance`` the heaviest rank's work over the mean, of each
-    method that can; ``refused`` holds the reasons of the others.
+    ``received`` is what the busiest rank receives, of those that were asked, and ``imbalance`` the heaviest rank's work
+    over the mean, of each method that can; ``refused`` holds the reasons of the others.
     """
 
     name: str
@@ -96,7 +98,7 @@ def choose_method(problem: Problem, pattern: Pattern, world: World, name: str = 
         return Choice(able[0], why, refused=refused)
 
     def compare() -> tuple[dict[str, Traffic], dict[str, float]]:
-        found = {n: most_received(received_by(n, problem, pattern, world)) for n in able}
+        found = {n: most_received(received_by(n, problem, pattern, world, CHOOSING_RANKS)) for n in able}
         return found, {n: method_work(n, problem, pattern, world).imbalance for n in able}
 
     received, imbalance = _kept(" ".join(able), problem, pattern, world, compare)
@@ -108,15 +110,15 @@ def choose_method(problem: Problem, pattern: Pattern, world: World, name: str = 
     return Choice(best, because, received, imbalance, refused)
 
 
-def received_by(name: str, problem: Problem, pattern: Pattern, world: World) -> list[Traffic]:
+def received_by(name: str, problem: Problem, pattern: Pattern, world: World, most: int | None = None) -> list[Traffic]:
     """What each rank receives with a method; of a large world those of `asked_ranks`. Kept in a bounded cache."""
     traffic = METHODS[name].traffic
 
     def find() -> list[Traffic]:
-        ranks = asked_ranks(world.size)
+        ranks = asked_ranks(world.size, most)
         return [traffic(rank_problem(problem, world, r), pattern, replace(world, rank=r)) for r in ranks]
 
-    return _kept(f"received {name}", problem, pattern, world, find)
+    return _kept(f"received {name} {most}", problem, pattern, world, find)
 
 
 def method_work(name: str, problem: Problem, pattern: Pattern, world: World) -> Work:
@@ -135,16 +137,17 @@ def most_received(found: Sequence[Traffic]) -> Traffic:
     return Traffic(max(x.forward for x in found), max(x.backward for x in found))
 
 
-def asked_ranks(size: int) -> list[int]:
-    """The ranks of a world that stand for all.
+def asked_ranks(size: int, most: int | None = None) -> list[int]:
+    """The ranks of a world that stand for all, at most `ASKED_RANKS` unless given.
 
     Example:
         >>> asked_ranks(3), asked_ranks(1024)[:3], asked_ranks(1024)[-1]
         ([0, 1, 2], [0, 33, 66], 1023)
     """
-    if size <= ASKED_RANKS:
+    most = ASKED_RANKS if most is None else most
+    if size <= most:
         return list(range(size))
-    return [number * (size - 1) // (ASKED_RANKS - 1) for number in range(ASKED_RANKS)]
+    return [number * (size - 1) // (most - 1) for number in range(most)]
 
 
 def rank_problem(problem: Problem, world: World, rank: int) -> Problem:
