@@ -147,7 +147,7 @@ def _chosen(problem: Problem, plans: tuple[Plan, ...], name: str) -> tuple[str |
     except NoBackend:
         return None, None, ""
     measured, table = ranking(problem, plans, BACKENDS)
-    choice = Choice(backend.name, type(plan).__name__, backend.options)
+    choice = Choice(backend.name, plan.kind, backend.options)
     rank = next((m for m in measured if m.choice == choice), None)
     if rank is None or table is None:
         unmeasured = "nothing like it was measured" if not measured else "what was measured as faster cannot do it"

@@ -108,5 +108,5 @@ def _chosen(choice: Choice, problem: Problem, plans: tuple[Plan, ...]) -> tuple[
         backend = type(backend)(choice.options)
     if choice.plan not in (StridedPlan.__name__, DensePlan.__name__):  # tables are made on request, and of this size
         plans = candidate_plans(plans[0].pattern, problem, tiles=True, largest_tile=choice.options.tile)
-    plan, _ = reasons(backend, problem, tuple(p for p in plans if type(p).__name__ == choice.plan))
+    plan, _ = reasons(backend, problem, tuple(p for p in plans if p.kind == choice.plan))
     return None if plan is None else (backend, plan)

@@ -173,7 +173,7 @@ def candidates(
                     resized = (p for p in others if type(p) is type(plan) and tiles_of(p) != tiles_of(plan))
                     walked = next(resized, None)
                 if walked is not None and not one.reasons_against(problem, walked):
-                    found[Choice(backend.name, type(plan).__name__, options)] = (one, walked)
+                    found[Choice(backend.name, plan.kind, options)] = (one, walked)
     return found
 
 
