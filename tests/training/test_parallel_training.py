@@ -158,11 +158,9 @@ def shares_of_a_batch():
     batch = torch.arange(4 * 8).view(4, 8)
     tokens, labels = ranks.deal(batch)
 
-    def refuse():
-        raise InvalidInput("no such text")
-
-    with pytest.raises(InvalidInput, match="no such text"):
-        ranks.on_first(refuse)
+    for error in (InvalidInput("no such text"), OSError("no space left")):
+        with pytest.raises(type(error), match=str(error)):
+            ranks.on_first(lambda error=error: (_ for _ in ()).throw(error))
     told = ranks.on_first(lambda: f"from {ranks.rank}")
     total = ranks.total(torch.tensor(float(ranks.rank)))
     return tokens, labels, told, ranks.any(ranks.rank == 3), ranks.any(False), float(total)

@@ -89,14 +89,14 @@ class Ranks:
         return bool(told)
 
     def on_first(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` gives on the first rank, told to all; its InvalidInput is raised on all."""
+        """What ``work`` gives on the first rank, told to all; its InvalidInput or OSError is raised on all."""
         if self.size == 1:
             return work()
         told: list[Any] = [None, None]
         if self.is_first:
             try:
                 told[0] = work()
-            except InvalidInput as error:
+            except (InvalidInput, OSError) as error:
                 told[1] = error
         dist.broadcast_object_list(told, src=0)
         if told[1] is not None:
