@@ -1,5 +1,7 @@
 """What is explained and estimated of worlds of two to eight is what gloo carries there, on meshes too."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,8 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dilated_attention_pytorch import Causal, Documents, Full, Window, longnet
 from dilated_attention_pytorch.benchmark.received import ReceivedBytes
-from dilated_attention_pytorch.parallel import Layout, context_parallel_attend
+from dilated_attention_pytorch.parallel import ContextParallel, Layout, context_parallel_attend
+from dilated_attention_pytorch.parallel.estimate import Job, estimate
 from dilated_attention_pytorch.parallel.explanation import explain_world
+from dilated_attention_pytorch.parallel.machines import MACHINES
+from parallel.kept_activations import PATTERN, SMALL, kept_of_a_layer
 from parallel.worlds import run_world
 
 pytestmark = pytest.mark.nightly
@@ -57,3 +62,21 @@ def test_bytes_of_a_world(size):
         of_ranks = [of_rank[case] for of_rank in told]
         assert found.received == tuple(map(max, zip(*of_ranks))), case
         assert found.mean_received == tuple(round(sum(way) / size) for way in zip(*of_ranks)), case
+
+
+def kept_on_a_mesh():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    return {
+        (method, kv_heads): kept_of_a_layer(ContextParallel(mesh=mesh, method=method), kv_heads, 96)
+        for method in ("ring", "gather")
+        for kv_heads in (6, 2, 1)
+    }
+
+
+def test_activations_on_a_mesh_are_what_autograd_keeps():
+    told = run_world(4, kept_on_a_mesh)
+    for method, kv_heads in told[0]:
+        stack = dataclasses.replace(SMALL, kv_heads=kv_heads)
+        found = estimate(Job(stack, PATTERN, 96, 4, inner=2, method=method, dtype="fp32"), MACHINES["h100"])
+        (activations,) = (x.amount for x in found.memory if x.name == "activations")
+        assert activations == stack.layers * max(of_rank[method, kv_heads] for of_rank in told)

@@ -75,7 +75,7 @@ def test_imbalance_is_of_the_heaviest_rank():
 
 @pytest.mark.parametrize("length", [1 << 16, 200_000, 1 << 20, 10**7])
 @pytest.mark.parametrize("branches", [PAPER, GIGAPATH], ids=["longnet", "gigapath"])
-def test_published_branches_have_an_first_even(branches, length):
+def test_published_branches_have_an_even_layout(branches, length):
     pattern, heads = branches
     problem = whole(length, heads)
     for size in WORLDS:
@@ -111,6 +111,15 @@ def test_full_causal_attention_is_even_in_zigzag_and_stripes():
     assert found["contiguous"] == pytest.approx(2, abs=2e-3)
     assert found["zigzag"] == pytest.approx(1, abs=1e-5)
     assert found["striped"] == pytest.approx(1, abs=1e-5)
+
+
+def test_rates_beyond_the_heads_want_lengths_that_segments_divide():
+    """Of 512 offsets 16 heads use 16: stripes starve. Zigzag folds triangles of segments that divide the length."""
+    pattern = longnet([2048 * 4**i for i in range(10)], [2**i for i in range(10)]) & Causal()
+    found = layout_imbalance(whole(1 << 30, 16), pattern, 1024)
+    assert found["zigzag"] < 1.001 < EVEN < found["contiguous"] < found["striped"]
+    uneven = layout_imbalance(whole(10**9, 16), pattern, 1024)
+    assert min(uneven.values()) == uneven["zigzag"] == pytest.approx(1.305, abs=1e-3)
 
 
 def test_without_a_closed_form_a_sample_tells():

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_attention_pytorch import Causal, InvalidInput, longnet
 from dilated_attention_pytorch.benchmark.received import ReceivedBytes
-from dilated_attention_pytorch.models.longnet import LongNetLM
 from dilated_attention_pytorch.nn.context import set_context_parallel
 from dilated_attention_pytorch.parallel import ContextParallel, Layout, context_parallel_attend
 from dilated_attention_pytorch.parallel.choice import received_by
@@ -22,28 +21,12 @@ from dilated_attention_pytorch.parallel.estimate import Job, Stack, estimate
 from dilated_attention_pytorch.parallel.explanation import explain_world
 from dilated_attention_pytorch.parallel.machines import MACHINES
 from dilated_attention_pytorch.problem import make_problem
+from parallel.kept_activations import PATTERN, SMALL, kept_bytes, kept_of_a_layer, model_of
 from parallel.worlds import run_world
 
 H100 = MACHINES["h100"]
-SMALL = Stack(hidden=24, layers=2, heads=6, feedforward=40, vocabulary=32)
-SEGMENTS, RATES = [16, 48], [1, 2]
-PATTERN = longnet(SEGMENTS, RATES) & Causal()
 LENGTH = 101
 FAR = longnet([16, 256], [1, 4])  # among shards of 16 rows
-
-
-def model_of(stack, **options):
-    return LongNetLM(
-        stack.vocabulary,
-        stack.hidden,
-        stack.heads,
-        num_decoder_layers=stack.layers,
-        dim_feedforward=stack.width,
-        num_kv_heads=stack.kv_heads,
-        segment_lengths=SEGMENTS,
-        dilation_rates=RATES,
-        **options,
-    )
 
 
 @pytest.mark.parametrize("stack", [Stack(), SMALL, Stack(64, 3, 4, kv_heads=2, feedforward=100, vocabulary=50)])
@@ -53,33 +36,6 @@ def test_parameters_are_the_models(stack):
     assert stack.layer_parameters == sum(p.numel() for p in model.decoder.layers[0].parameters())
     weights = [p.numel() for p in model.decoder.layers[0].parameters() if p.dim() == 2]
     assert stack.layer_weights == sum(weights)
-
-
-def kept_bytes(stack, context, length, **options):
-    """Bytes that autograd keeps of a forward pass beside parameters, each storage once."""
-    model = model_of(stack, **options)
-    tokens = torch.randint(stack.vocabulary, (1, length))
-    if context is not None:
-        set_context_parallel(model, context)
-        tokens = context.shard(tokens)
-    parameters, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def keep(x):
-        storage = x.untyped_storage()
-        if x.is_floating_point() and storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        hidden = model.hidden(tokens)
-    assert hidden.shape == (*tokens.shape, stack.hidden)
-    return sum(kept.values())
-
-
-def kept_of_a_layer(method, kv_heads, length):
-    context = None if method is None else ContextParallel(method=method)
-    two, three = (kept_bytes(dataclasses.replace(SMALL, layers=n, kv_heads=kv_heads), context, length) for n in (2, 3))
-    return three - two
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
@@ -94,7 +50,9 @@ def test_activations_are_what_autograd_keeps(kv_heads):
 
 def kept_and_carried():
     """By method: bytes that a layer keeps here; by case: bytes that came to this rank forward and backward."""
-    kept = {method: kept_of_a_layer(method, None, 96) for method in ("ring", "gather", "all_to_all")}
+    kept = {
+        method: kept_of_a_layer(ContextParallel(method=method), None, 96) for method in ("ring", "gather", "all_to_all")
+    }
     carried = {}
     for layout, method in CASES:
         carried[layout, method] = carried_by(layout, method, LENGTH, 6)
