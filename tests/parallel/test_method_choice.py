@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dilated_attention_pytorch import BlockSparse, Causal, Full, InvalidInput, NoBackend, Relative, Window, longnet
+from dilated_attention_pytorch import (
+    BlockSparse,
+    Causal,
+    Documents,
+    Full,
+    InvalidInput,
+    NoBackend,
+    Relative,
+    Window,
+    longnet,
+)
 from dilated_attention_pytorch.parallel import choice as choice_module
 from dilated_attention_pytorch.parallel.choice import (
     METHODS,
@@ -192,6 +202,19 @@ def test_overlap_is_what_can_go_on_beside_the_wire():
     apart = explain_world(q, k, v, pattern, world=4, method="ring", machine=machine)  # more than a node holds
     assert apart.forward.wire == pytest.approx(3 * 20e-6 + apart.received.forward / 5e6)
     assert Overlap(0.0, 1.0, 0.0).share == 1.0
+
+
+def test_padding_and_documents_are_read():
+    x = torch.zeros(2, 512, 4, 8)
+    mask = torch.arange(512) >= torch.tensor([512, 100])[:, None]
+    told, bare = (explain_world(x, x, x, Full(), world=4, method="gather", key_padding_mask=m) for m in (mask, None))
+    assert told.work.total == 4 * 512 * (512 + 100)
+    assert bare.work.total == 4 * 512 * 1024
+    assert told.received.forward < bare.received.forward
+    packed = explain_world(x, x, x, Documents([128] * 4).of(Full()), world=4)
+    assert packed.received == (0, 0)
+    assert packed.forward.share == 1.0
+    assert "nothing is sent" in str(packed)
 
 
 def test_heads_inside_rows_of_a_mesh():

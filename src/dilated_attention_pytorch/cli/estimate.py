@@ -130,7 +130,13 @@ def tables(found: Estimate, changed: set[str]) -> list[Table]:
     times.append(("the step", f"{1e3 * found.seconds:,.2f}", ""))
     total = sum(x.amount for x in found.flops)
     return [
-        Table("Memory of a rank", ("what", "MB", "made of"), memory, strong=frozenset({len(memory) - 1})),
+        Table(
+            "Memory of a rank",
+            ("what", "MB", "made of"),
+            memory,
+            note="The device's context, the allocator's reserve and short-lived rows are not counted.",
+            strong=frozenset({len(memory) - 1}),
+        ),
         Table(
             "Work of the heaviest rank in a step",
             ("what", "TFLOP", "made of"),
@@ -146,7 +152,13 @@ def tables(found: Estimate, changed: set[str]) -> list[Table]:
             wire,
             note="" if wire else "One rank: nothing is sent.",
         ),
-        Table("Time of a step", ("what", "ms", "made of"), times, strong=frozenset({len(times) - 1})),
+        Table(
+            "Time of a step",
+            ("what", "ms", "made of"),
+            times,
+            note="A prediction. Norms, rotations, the loss and the optimizer are not counted apart.",
+            strong=frozenset({len(times) - 1}),
+        ),
         Table(
             "What the times go by",
             ("what", "value", "from", "--set"),

@@ -251,7 +251,8 @@ class _Plan:
     def beside(self, name: str, work: Work) -> float:
         """The share of the heaviest rank's work that needs nothing which is still on the wire.
 
-        In a ring all steps but the last go on beside a transfer; a gather has the rank's own keys; heads have nothing.
+        In a ring all steps but the last go on beside a transfer; a gather has the rank's own keys (where they stand in
+        steps they are taken for its share of all); heads have nothing.
         """
         rank = work.pairs.index(work.heaviest)
         local, part, outer, _ = self.at(rank)
