@@ -58,6 +58,7 @@ DISAGREEMENTS = {
     "score": (lambda r: (shard(), Full(), {"score": Softcap(2.0) if r else None}), "Softcap"),
     "slopes": (lambda r: (shard(), Full(), {"score": Relative(slopes=torch.full((4,), 0.5 + r))}), "Relative"),
     "mask on one": (lambda r: (shard(), Full(), {"key_padding_mask": hole(1) if r else None}), "key_padding_mask"),
+    "return_lse": (lambda r: (shard(), Full(), {"return_lse": r == 1}), "return_lse.*False.*True"),
     "backend": (lambda r: (shard(), Full(), {"backend": ("dense", "sdpa")[r]}), "dense.*sdpa"),
     # Nothing differs, but the world as a whole is not a problem.
     "padding before keys": (lambda r: (shard(), Full(), {"key_padding_mask": hole(r)}), "right"),

@@ -1,5 +1,7 @@
 """Ways to call context-parallel attention: groups and meshes, parts of the gradient, views, known lengths, orders."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -152,3 +154,27 @@ def test_autocast_is_that_of_attend():
     assert lse.dtype == torch.float32
     torch.testing.assert_close(out, expected[0], rtol=0, atol=8e-3)
     torch.testing.assert_close(lse, expected[1], rtol=0, atol=1e-5)
+
+
+def _losses_that_read_different_results(asked, method):
+    """Rank 0's loss reads out and lse, rank 1's reads out and rank 2's lse only."""
+    leaves, _ = shards(asked, "zigzag")
+    rank, mine = dist.get_rank(), rows_of("zigzag", asked.q.shape[1], dist.get_rank(), 3)
+    out, lse = context_parallel_attend(*leaves, PAPER, layout="zigzag", method=method, return_lse=True)
+    loss = (out * asked.dout[:, mine]).sum() if rank < 2 else 0
+    if rank != 1:
+        loss = loss + (lse * asked.dlse[..., mine]).sum()
+    return errors(asked, "zigzag", dict(zip(("dq", "dk", "dv"), torch.autograd.grad(loss, leaves))))
+
+
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_a_loss_may_read_out_here_and_lse_there(method):
+    whole = ask(cases(6)["longnet_causal"])
+    dout, dlse = whole.dout.clone(), whole.dlse.clone()
+    dout[:, rows_of("zigzag", 53, 2, 3)] = 0
+    dlse[..., rows_of("zigzag", 53, 1, 3)] = 0
+    leaves = [x.clone().requires_grad_() for x in (whole.q, whole.k, whole.v)]
+    grads = torch.autograd.grad(attend(*leaves, PAPER, return_lse=True), leaves, (dout, dlse))
+    whole = replace(whole, truth=dict(zip(("dq", "dk", "dv"), grads)))
+    for told in run_world(3, _losses_that_read_different_results, whole, method):
+        assert max(told.values()) < 1e-12

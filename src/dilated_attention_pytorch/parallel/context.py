@@ -96,6 +96,7 @@ def context_parallel_attend(
         return attend(q, k, v, pattern, **options, return_lse=return_lse)
     if total_length is None:
         told = {"layout": layout, "method": method, "backend": backend, "query_start": str(query_start)}
+        told["return_lse"] = str(return_lse)
         told["key_padding_mask"] = "none" if key_padding_mask is None else "given"
         told |= {} if error else _alike(q, k, v, pattern, options | {"scale": found})
         agreed = agree(flat, _facts(q, k, told, error, dropout_p), layout)
@@ -122,7 +123,7 @@ def context_parallel_attend(
     call = make_call(problem, pattern, World(rank, rows, keys, flat), mesh, method, backend)
     if total_length is None:
         call.agree_on_backend(flat)
-    out, lse = _ContextAttention.apply(q, k, v, call)  # type: ignore[no-untyped-call]
+    out, lse = _ContextAttention.apply(q, k, v, call, return_lse)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 
@@ -268,13 +269,13 @@ class _ContextAttention(torch.autograd.Function):
     """The one node of a call: what travels back is known only to the call as a whole."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, returns_lse: bool) -> tuple[Tensor, Tensor]:
         """(out in q's dtype, lse) of this rank's rows."""
         out, lse, kept = call.forward(replace(call.problem, q=q, k=k, v=v))
         out = out.to(q.dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(() if call.keeps_all else (q, k, v, out, lse)), *kept)
-        ctx.call = call
+        ctx.call, ctx.sends_dlse = call, returns_lse and call.keeps_all
         return out, lse
 
     @staticmethod
@@ -286,6 +287,8 @@ class _ContextAttention(torch.autograd.Function):
         own, kept = (call.without_numbers, kept) if call.keeps_all else (kept[:5], kept[5:])
         q, k, v, out, lse = own
         dout = torch.zeros_like(out) if dout is None else dout
+        if dlse is None and ctx.sends_dlse:  # another rank's loss may read lse, and all send alike
+            dlse = torch.zeros_like(lse)
         problem = replace(call.problem, q=q, k=k, v=v)
         grads = call.backward(problem, dout, dlse, out, lse, kept)
-        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None
+        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None, None
