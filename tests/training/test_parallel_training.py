@@ -16,9 +16,18 @@ from typer.testing import CliRunner
 from dilated_attention_pytorch import InvalidInput, LongNetLM
 from dilated_attention_pytorch.cli import results
 from dilated_attention_pytorch.cli.app import app
+from dilated_attention_pytorch.cli.train import _chosen
 from dilated_attention_pytorch.training.loop import batch_at, train
 from dilated_attention_pytorch.training.model import gathered_model
-from dilated_attention_pytorch.training.ranks import ALONE, Ranks, check_sharing, form_ranks, launched, shared_anew
+from dilated_attention_pytorch.training.ranks import (
+    ALONE,
+    Ranks,
+    check_sharing,
+    form_ranks,
+    launched,
+    launched_size,
+    shared_anew,
+)
 from dilated_attention_pytorch.training.run import Run
 from dilated_attention_pytorch.training.settings import TrainingSettings
 from parallel.worlds import ends_of_world, run_world
@@ -180,6 +189,7 @@ def test_one_process_sends_nothing():
     assert form_ranks(SETTINGS) is ALONE
     assert Ranks().is_first
     assert not launched()
+    assert launched_size() == 1
     tokens, labels = ALONE.deal(torch.arange(6).view(1, 6))
     assert tokens.tolist() == [[0, 1, 2, 3, 4]]
     assert labels.tolist() == [[1, 2, 3, 4, 5]]
@@ -285,10 +295,10 @@ def test_the_command_under_torchrun_makes_one_run_and_goes_on_with_one_process(t
     new = ["train", "--data", str(books), "--steps", "4", "--timeout", "30", *small]
     alone = CliRunner().invoke(app, [*new, "--run", str(tmp_path / "alone")])  # first: ranks inherit what it imports
     assert alone.exit_code == 0, alone.output
-    path, no = tmp_path / "run", ["--run", str(tmp_path / "no"), "--parallel", "ddp"]
+    path, no = tmp_path / "run", ["--run", str(tmp_path / "no"), "--set", "batch_size=3"]
     for code, said, _ in ends_of_world(2, command_on_a_rank, free_port(), *new, *no, timeout=60):
         assert code == 2
-        assert "batch_size 1 cannot be dealt" in " ".join(said.split())
+        assert "batch_size 3 cannot be dealt" in " ".join(said.split())
     assert not (tmp_path / "no").exists()
     shared = ["--run", str(path), "--context-parallel", "2", "--layout", "zigzag"]
     ends = run_world(2, command_on_a_rank, free_port(), *new, *shared, timeout=120)
@@ -300,6 +310,7 @@ def test_the_command_under_torchrun_makes_one_run_and_goes_on_with_one_process(t
     record = json.loads((path / "training.json").read_text())
     assert (record["settings"]["context_parallel"], record["settings"]["layout"]) == (2, "zigzag")
     assert record["device"].startswith("2 processes, each on ")
+    assert record["settings"]["batch_size"] == 1
     assert LongNetLM.from_pretrained(path).config.d_model == 16
     one, two = ([line["bits_per_byte"] for line in Run.open(p).read_metrics()] for p in (tmp_path / "alone", path))
     assert two == pytest.approx(one, abs=1e-4)
@@ -309,3 +320,11 @@ def test_the_command_under_torchrun_makes_one_run_and_goes_on_with_one_process(t
     assert longer.exit_code == 0, longer.output
     assert [line["bits_per_byte"] for line in Run.open(path).read_metrics()][:4] == two
     assert len(Run.open(path).read_metrics()) == 6
+
+
+def test_each_rank_of_data_is_dealt_one_sequence_unless_told_otherwise(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert launched_size() == 4
+    for given, pairs, expected in (({"context_parallel": 2}, [], 2), ({}, [], 4), ({}, ["batch_size=8"], 8)):
+        assert _chosen(given, pairs)[0].batch_size == expected

@@ -99,11 +99,13 @@ def train(
 
     [bold]Several processes[/bold]
 
-    torchrun --nproc-per-node 4 -m dilated_attention_pytorch.cli train --context-parallel 2 --set batch_size=2
+    torchrun --nproc-per-node 4 -m dilated_attention_pytorch.cli train --context-parallel 2
 
-    trains the same model with the same losses on 4 CPUs or GPUs. Here 2 processes share each sequence, and each pair
-    takes one sequence of the batch. With --folder NAME, torchrun --max-restarts 3 goes on by itself after a failure.
-    --resume continues a run with any number of processes; how they share the work may then be said anew.
+    trains on 4 CPUs or GPUs: 2 processes share each sequence, and each pair takes one of the batch, which has as many
+    unless --set batch_size says more. The losses are those of one process with this batch_size.
+
+    With --folder NAME, torchrun --max-restarts 3 goes on by itself after a failure. --resume continues a run with any
+    number of processes; how they share the work may then be said anew.
     """
     from torch import OutOfMemoryError
 
@@ -166,6 +168,7 @@ def _chosen(given: dict[str, Any], pairs: list[str]) -> tuple[TrainingSettings, 
     from dilated_attention_pytorch.cli.overrides import fields, overrides
     from dilated_attention_pytorch.training.loop import check_device
     from dilated_attention_pytorch.training.model import DEFAULT_MODEL
+    from dilated_attention_pytorch.training.ranks import launched_size
     from dilated_attention_pytorch.training.settings import TrainingSettings
 
     defaults = dataclasses.replace(TrainingSettings(), threads=torch.get_num_threads())
@@ -174,6 +177,9 @@ def _chosen(given: dict[str, Any], pairs: list[str]) -> tuple[TrainingSettings, 
     if twice:
         raise InvalidInput(f"{', '.join(twice)}: given both as an option and by --set; give it once")
     settings = dataclasses.replace(defaults, **for_run, **given)
+    if "batch_size" not in for_run:
+        of_data = launched_size() // settings.context_parallel
+        settings = dataclasses.replace(settings, batch_size=defaults.batch_size * max(1, of_data))
     model = dataclasses.replace(DEFAULT_MODEL, **for_model)
     check_device(settings)
     torch.set_num_threads(settings.threads)

@@ -198,7 +198,12 @@ def world_size() -> int:
 
 def launched() -> bool:
     """Whether torchrun, or a launcher that sets what it sets, started this process as one of several."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return launched_size() > 1
+
+
+def launched_size() -> int:
+    """How many processes the launcher has started; 1 where there is none."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 @contextlib.contextmanager
