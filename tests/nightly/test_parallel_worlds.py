@@ -1,10 +1,12 @@
 """Worlds of one to eight processes: every method, layout, backend and mesh on every kind of problem."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
 
+from dilated_attention_pytorch.testing.cases import random_case
 from parallel.world_contract import LAYOUTS, METHODS, Trial, ask, ask_for, cases, judge, refused_with, rms_errors, tell
 from parallel.worlds import run_world
 
@@ -20,7 +22,6 @@ def test_every_way_computes_what_one_process_computes(size, layout):
     names = cases(HEADS[size])
     trials = [Trial(case, layout, method) for case in names for method in METHODS]
     trials += [Trial(case, layout, "ring", backend) for case in names for backend in ("dense", "sdpa")]
-    trials = [t for t in trials if not (t.case == "values_narrower" and t.backend == "sdpa")]
     trials += [
         Trial(case, layout, method, mesh=mesh)
         for mesh in MESHES.get(size, ())
@@ -42,3 +43,21 @@ def test_errors_do_not_grow_with_the_world(dtype, method, pattern):
     for name, error in errors[2].items():
         assert errors[8][name] <= 1.2 * error, (name, errors)
         assert errors[4][name] <= 1.2 * error, (name, errors)
+
+
+@pytest.mark.parametrize("block", range(5))
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_random_problems(size, block):
+    """Gather and all-to-all may refuse, each for one reason on all ranks; a ring and "auto" refuse nothing."""
+    asked, trials = {}, []
+    for seed in range(40 * block, 40 * (block + 1)):
+        random = Random(1000 * size + seed)
+        case = random_case(random, f"seed {1000 * size + seed}")
+        if case.query_start is None and case.query_length > (case.key_length or 0):
+            continue
+        asked[case.name, torch.float64] = ask(case)
+        trials += [Trial(case.name, random.choice(LAYOUTS), method) for method in METHODS]
+    told = run_world(size, tell, asked, trials, timeout=600)
+    refused = {t: told[0][i] for i, t in enumerate(trials) if isinstance(told[0][i], str)}
+    assert {t.method for t in refused} <= {"gather", "all_to_all"}
+    judge(trials, told, refused.__contains__)

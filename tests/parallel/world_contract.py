@@ -69,6 +69,8 @@ def cases(num_heads: int = 6) -> dict[str, Case]:
         case("documents_batched", Documents([[7, 13, 33], [1, 2, 50]]).of(paper)),
         case("blocks", BlockSparse(5, blocks)),
         case("blocks_causal", BlockSparse((5, 7), blocks[:2, :, :8].sum(0).clamp(max=1)) & Causal()),
+        case("blocks_batched", BlockSparse(7, blocks[:, :8, :8].unflatten(0, (2, -1))[:, :1]), visible=(LENGTH, 33)),
+        case("blocks_in_documents", Documents([20, 0, 33]).of(BlockSparse(5, blocks) & Causal())),
         case("fewer_kv_heads", paper & Causal(), kv_heads=few),
         case("one_kv_head", Causal(), kv_heads=1),
         case("values_narrower", paper, value_dim=5),
@@ -279,7 +281,14 @@ def judge(trials: list[Trial], told: list[list[dict[str, float] | str]], refused
 
 
 GATHER_REFUSES = (
-    *("product_of_grids", "documents_cut_grid", "blocks", "blocks_causal"),  # no closed form
+    *(
+        "product_of_grids",
+        "documents_cut_grid",
+        "blocks",
+        "blocks_causal",
+        "blocks_batched",
+        "blocks_in_documents",
+    ),  # no closed form
     *("alibi", "relative_table", "dropout", "dropout_full"),  # these read positions, and a grid's rows have others
 )
 SDPA_REFUSES = ("values_narrower", "alibi", "relative_table", "softcap", "dropout", "dropout_full")
