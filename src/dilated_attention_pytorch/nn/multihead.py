@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.base import PatternAttention, bias_from_mask
 from dilated_attention_pytorch.nn.cache import LayerCache
+from dilated_attention_pytorch.nn.old_keys import rename_attention_keys
 from dilated_attention_pytorch.nn.positions import Rotation, alibi_slopes, make_positions, rotate
 from dilated_attention_pytorch.nn.shards import ShardRows, shard_rows
 from dilated_attention_pytorch.parallel.context import ContextParallel
@@ -59,7 +60,7 @@ class MultiheadPatternAttention(nn.Module):
         super().__init__()
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.head_dim = _check_heads(embed_dim, num_heads, self.num_kv_heads)
+        self.head_dim = check_heads(embed_dim, num_heads, self.num_kv_heads)
         self.gamma_init, self.position = gamma_init, position
         self.positions = make_positions(position, self.head_dim, segment_lengths)
         if position == "alibi":
@@ -107,7 +108,7 @@ class MultiheadPatternAttention(nn.Module):
         ``key_padding_mask (B, Nk)``: True is padding, on the right. ``attn_mask`` as in nn.MultiheadAttention: (Nq,
         Nk) or (B*H, Nq, Nk), True is NOT allowed, floats are added. With ``need_weights``: (output, weights), the
         exact normalised weights (B, Nq, Nk), or (B, H, Nq, Nk) when not averaged over heads; without dropout, O(Nq Nk)
-        memory.
+        memory, so of at most 8192 tokens, or of some rows of more: ``layer(x[:, i:j], x, x, query_start=i, ...)``.
 
         ``position_ids`` (N,) or (B, N) place the rows for rotary and xPos (self-attention only; default: in order);
         ``rotation`` is a ready table from ``positions.table``, shared by the layers of a model. ``query_start`` is the
@@ -196,6 +197,10 @@ class MultiheadPatternAttention(nn.Module):
     def extra_repr(self) -> str:
         """The options that the sub-modules do not show."""
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, position={self.position!r}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        rename_attention_keys(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Heads of queries, keys and values, (B, N, H or Hkv, D); one matrix product in self-attention."""
@@ -290,7 +295,8 @@ def _check_cached(
         )
 
 
-def _check_heads(embed_dim: int, num_heads: int, num_kv_heads: int) -> int:
+def check_heads(embed_dim: int, num_heads: int, num_kv_heads: int) -> int:
+    """The dim of a head, where the sizes are numbers that divide; else InvalidInput."""
     if num_heads < 1 or embed_dim < 1 or num_kv_heads < 1:
         raise InvalidInput(
             "expected embed_dim, num_heads and num_kv_heads of at least 1. "

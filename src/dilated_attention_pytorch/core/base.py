@@ -1,0 +1,229 @@
+"""What a layer of one's own starts from: made of configs, checked inputs, a bounded cache, MAGNETO's start.
+
+Both are working layers as they stand, the ones of `nn` under constructors of configs: subclasses change what they
+need. Deep copies and pickles work before and after a forward; what was cached is not copied.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dilated_attention_pytorch.core.config import DilatedAttentionConfig, MultiheadConfig
+from dilated_attention_pytorch.core.validation import ValidationMixin
+from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.nn.base import PatternAttention
+from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
+from dilated_attention_pytorch.parallel.context import ContextParallel
+from dilated_attention_pytorch.patterns import Causal, Pattern, longnet
+
+CACHED = 100
+"""How many values a layer's cache keeps, unless told."""
+
+Value = TypeVar("Value")
+
+
+class BoundedCache:
+    """The last ``size`` values asked for; safe among threads. A copy, or what a pickle gives, starts empty.
+
+    Raises InvalidInput for a size below 1.
+
+    Example:
+        >>> cache = BoundedCache(2)
+        >>> [cache.get(key, lambda: key * 10) for key in (1, 2, 1, 3)], len(cache)
+        ([10, 20, 10, 30], 2)
+    """
+
+    def __init__(self, size: int = CACHED) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InvalidInput(f"a cache keeps at least 1 value, got size={size!r}")
+        self.size = size
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """The value of ``key``: the one kept, or a new one, which takes the place of the one least lately asked for.
+
+        ``compute`` runs outside the lock, so it may ask for other keys; threads that miss together get one value.
+        """
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]  # type: ignore[no-any-return]
+        value = compute()
+        with self._lock:
+            value = self._values.setdefault(key, value)
+            self._values.move_to_end(key)
+            while len(self._values) > self.size:
+                self._values.popitem(last=False)
+        return value
+
+    def clear(self) -> None:
+        """Nothing is kept."""
+        with self._lock:
+            self._values.clear()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"size": self.size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["size"])  # type: ignore[misc]
+
+
+class BaseDilatedAttention(PatternAttention, ValidationMixin):
+    """Attention of ready-made heads (B, N, H, D), made of a config. Subclass it, and override what is to differ.
+
+    ``choose_pattern`` says who sees whom (LongNet's branches, unless overridden), ``forward`` what is computed with it.
+    ``self._cached(key, compute)`` keeps what is expensive to make, and `_validate_forward_inputs` checks heads.
+    ``self.config`` is a frozen copy; ``self.device`` and ``self.dtype`` are for parameters of the subclass.
+
+    Example:
+        >>> import torch
+        >>> class Doubled(BaseDilatedAttention):
+        ...     def forward(self, query, key, value, *args, **options):
+        ...         return 2 * super().forward(query, key, value, *args, **options)
+        >>> q = torch.randn(1, 100, 4, 8)
+        >>> Doubled(DilatedAttentionConfig([32, 64], [1, 2]))(q, q, q, is_causal=True).shape
+        torch.Size([1, 100, 4, 8])
+    """
+
+    def __init__(
+        self,
+        config: DilatedAttentionConfig,
+        *,
+        softmax_scale: float | None = None,
+        op: str | None = None,
+        context_parallel: ContextParallel | DeviceMesh | None = None,
+        cache_size: int = CACHED,
+    ) -> None:
+        super().__init__(softmax_scale, config.dropout, op, None, context_parallel)
+        self.config = config.frozen()
+        self.segment_lengths, self.dilation_rates = self.config.segment_lengths, self.config.dilation_rates
+        self.num_groups, self.dropout = self.config.num_groups, self.config.dropout
+        self.device, self.dtype = self.config.device, self.config.dtype
+        self.pattern = longnet(self.segment_lengths, self.dilation_rates)
+        self.causal_pattern = self.pattern & Causal()
+        self._cache = BoundedCache(cache_size)
+
+    def choose_pattern(self, query: Tensor, key: Tensor, is_causal: bool, query_start: int | None) -> Pattern:
+        """The config's branches, causal on request."""
+        return self.causal_pattern if is_causal else self.pattern
+
+    def clear_cache(self) -> None:
+        """What was cached is forgotten."""
+        self._cache.clear()
+
+    def extra_repr(self) -> str:
+        """The config."""
+        return (
+            f"segment_lengths={self.segment_lengths}, dilation_rates={self.dilation_rates}, dropout={self.dropout}, "
+            f"backend={self.backend!r}"
+        )
+
+    def _cached(self, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """The value of ``key``, computed if it is not kept; thread-safe, and bounded by ``cache_size``."""
+        return self._cache.get(key, compute)
+
+    def _validate_forward_inputs(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> None:
+        """Raise InvalidInput unless these are heads (B, N, H, D) that fit together, with a mask over their pairs."""
+        names, tensors = ("query", "key", "value"), (query, key, value)
+        for name, tensor in zip(names, tensors):
+            self.validate_batch_first_format(tensor, name)
+        self.validate_tensor_shapes_match(tensors, names, dims_to_check=(0,))
+        self.validate_tensor_shapes_match(tensors[1:], names[1:], dims_to_check=(1, 2))
+        self.validate_tensor_shapes_match(tensors[:2], names[:2], dims_to_check=(3,))
+        self.validate_device_dtype_consistency(tensors, names)
+        if key.shape[2] == 0 or query.shape[2] % key.shape[2] != 0:
+            raise InvalidInput(f"query has {query.shape[2]} heads, which must be a multiple of key's {key.shape[2]}")
+        self.validate_sequence_length(query.shape[1], self.segment_lengths)
+        self.validate_attention_mask(attention_mask, query.shape[0], query.shape[1], key_len=key.shape[1])
+
+
+class BaseMultiheadDilatedAttention(MultiheadPatternAttention, ValidationMixin):
+    """Projections around attention of heads, made of two configs. Subclass it, and override what is to differ.
+
+    ``_create_attention_module`` makes the attention of heads: a `PatternAttention`, such as a `BaseDilatedAttention`.
+    Projections start as MAGNETO's (arXiv 2210.06423, figure 2): gain ``gamma_init`` for values and output, 1 for queries
+    and keys (`reset_parameters`). Configs are kept as frozen copies. Where both configs name a device or a dtype it is
+    the same one; InvalidInput otherwise.
+
+    Example:
+        >>> import torch
+        >>> branches = DilatedAttentionConfig([32, 64], [1, 2])
+        >>> BaseMultiheadDilatedAttention(MultiheadConfig(64, 4), branches)(torch.randn(2, 100, 64)).shape
+        torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        multihead_config: MultiheadConfig,
+        attention_config: DilatedAttentionConfig,
+        *,
+        position: str = "none",
+        num_kv_heads: int | None = None,
+    ) -> None:
+        sizes, branches = multihead_config.frozen(), attention_config.frozen()
+        self.__dict__.update(multihead_config=sizes, attention_config=branches)  # for the method, before modules exist
+        super().__init__(
+            sizes.embed_dim,
+            sizes.num_heads,
+            self._create_attention_module(),
+            bias=sizes.bias,
+            layer_norm=sizes.layer_norm,
+            layer_norm_eps=sizes.layer_norm_eps,
+            gamma_init=sizes.gamma_init,
+            device=one_of("device", sizes.device, branches.device),
+            dtype=one_of("dtype", sizes.dtype, branches.dtype),
+            num_kv_heads=num_kv_heads,
+            position=position,
+            segment_lengths=branches.segment_lengths,
+        )
+
+    def _create_attention_module(self) -> PatternAttention:
+        """The attention of heads; ``self.multihead_config`` and ``self.attention_config`` are there."""
+        return BaseDilatedAttention(self.attention_config)
+
+    def extra_repr(self) -> str:
+        """Sizes, and the config's options."""
+        sizes = self.multihead_config
+        return f"embed_dim={self.embed_dim}, {super().extra_repr()}, layer_norm={sizes.layer_norm}, bias={sizes.bias}"
+
+    def _validate_forward_inputs(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> None:
+        """Raise InvalidInput unless these are embeddings (B, N, E) that fit together, and padding (B, Nk) of keys."""
+        key, value = query if key is None else key, query if value is None else value
+        names, tensors = ("query", "key", "value"), (query, key, value)
+        for name, tensor in zip(names, tensors):
+            self.validate_batch_first_format(tensor, name, expected_dims=3)
+        self.validate_tensor_shapes_match(tensors, names, dims_to_check=(0, 2))
+        self.validate_tensor_shapes_match(tensors[1:], names[1:], dims_to_check=(1,))
+        self.validate_device_dtype_consistency(tensors, names)
+        if query.shape[2] != self.embed_dim:
+            raise InvalidInput(f"query must have embed_dim ({self.embed_dim}) channels, got {query.shape[2]}")
+        if key_padding_mask is not None and tuple(key_padding_mask.shape) != tuple(key.shape[:2]):
+            raise InvalidInput(
+                f"key_padding_mask must have shape (B, Nk) = {tuple(key.shape[:2])}, got "
+                f"{tuple(key_padding_mask.shape)}"
+            )
+
+
+def one_of(name: str, first: Value | None, second: Value | None) -> Value | None:
+    """The one that is given, of two configs. Raises InvalidInput where they differ."""
+    if first is not None and second is not None and first != second:
+        raise InvalidInput(f"multihead_config and attention_config have {name} {first} and {second}: give it in one")
+    return second if first is None else first
