@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.models.config import TransformerConfig
+from dilated_attention_pytorch.nn.old_keys import refuse_model_keys
 from dilated_attention_pytorch.problem import FLOATS
 
 WEIGHTS_FILE = "model.safetensors"
@@ -49,6 +50,10 @@ class PretrainedModel(nn.Module):
     def _arguments(cls, config: Any) -> dict[str, Any]:
         """The constructor's arguments that give ``config``."""
         raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        refuse_model_keys({key.removeprefix(prefix): x for key, x in state_dict.items()})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """``folder`` holds ``model.safetensors`` and ``config.json``; each is written aside, then renamed.

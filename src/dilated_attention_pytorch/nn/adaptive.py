@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, place_rows, unit_values
+from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, check_weights, place_rows, weights_of
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
 from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Causal, Documents, Full, Pattern
@@ -138,6 +138,8 @@ class AdaptiveSparseAttention(PatternAttention):
         what this layer keeps stays as it is. Blocks are counted from the first token, not from each document's.
         """
         place_rows(query, key, query_start, self.max_length)
+        if need_weights:
+            check_weights(query, key)
         if self.coarse and attention_mask is not None:
             raise InvalidInput("coarse levels pool keys that a mask would tell apart: leave out the mask, or coarse.")
         pattern = self.choose_pattern(query, key, is_causal, query_start)
@@ -190,7 +192,7 @@ class AdaptiveSparseAttention(PatternAttention):
         out: Tensor = both(v=value, backend=self.backend)
         if not need_weights:
             return out
-        return out, both(v=unit_values(query, key), backend="dense").permute(0, 2, 1, 3)
+        return out, weights_of(query, key, lambda v: both(v=v, backend="dense"))
 
     def _ask(
         self, query: Tensor, key: Tensor, pattern: Pattern, mask: Tensor | None, query_start: int | None

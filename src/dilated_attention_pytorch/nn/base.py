@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Documents, Pattern
 from dilated_attention_pytorch.problem import check_inputs
 from dilated_attention_pytorch.scores import Score
+
+WEIGHTS_LIMIT = 8192
+"""Tokens whose attention weights may be asked for as a dense matrix; of longer sequences some rows may."""
 
 
 class PatternAttention(nn.Module):
@@ -85,6 +89,8 @@ class PatternAttention(nn.Module):
         speak of whole sequences; attention_mask and need_weights are refused. ``rows`` are those of queries and keys
         where they are known: ranks then need not agree on this call, and do not check that they ask for the same.
         """
+        if need_weights:
+            check_weights(query, key)
         pattern = self.choose_pattern(query, key, is_causal, query_start)
         if documents is not None:
             pattern = documents.of(pattern)
@@ -252,15 +258,43 @@ def dense_weights(q: Tensor, k: Tensor, pattern: Pattern, **options: Any) -> Ten
         tensor([[[[1.0000, 0.0000],
                   [0.5000, 0.5000]]]])
     """
-    out: Tensor = attend(q, k, unit_values(q, k), pattern, **{**options, "backend": "dense"})
-    return out.permute(0, 2, 1, 3)
+    return weights_of(q, k, lambda v: attend(q, k, v, pattern, **{**options, "backend": "dense"}))
 
 
-def unit_values(q: Tensor, k: Tensor) -> Tensor:
-    """Values (B, Nk, Hkv, Nk) for the keys ``k (B, Nk, Hkv, D)``: attention over them gives each key's weight."""
+def weights_of(q: Tensor, k: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    """Weights (B, H, Nq, Nk) of ``attention``, a linear function of values (B, Nk, Hkv, Dv): those of unit vectors.
+
+    Example:
+        >>> x = torch.zeros(1, 3, 1, 2)
+        >>> weights_of(x, x, lambda v: v.flip(1)).int().tolist()
+        [[[[0, 0, 1], [0, 1, 0], [1, 0, 0]]]]
+    """
     batch, key_length, kv_heads, _ = k.shape
-    unit = torch.eye(key_length, dtype=q.dtype, device=q.device)
-    return unit[None, :, None, :].expand(batch, key_length, kv_heads, key_length)
+    columns = max(1, WEIGHTS_LIMIT**2 // max(key_length, 1))  # unit vectors take no more memory than the weights may
+    parts = []
+    for first in range(0, max(key_length, 1), columns):
+        unit = torch.zeros(key_length, min(columns, key_length - first), dtype=q.dtype, device=q.device)
+        unit.diagonal(-first).fill_(1)
+        parts.append(attention(unit[None, :, None, :].expand(batch, key_length, kv_heads, unit.shape[1])))
+    return torch.cat(parts, -1).permute(0, 2, 1, 3)
+
+
+def check_weights(query: Tensor, key: Tensor) -> None:
+    """Raise InvalidInput where weights (Nq, Nk) of ``query (B, Nq, ...)`` are more than those of 8192 tokens.
+
+    Example:
+        >>> check_weights(torch.empty(1, 10, 1, 1), torch.empty(1, 100_000, 1, 1))
+    """
+    if min(query.dim(), key.dim()) < 2:
+        return  # not legal; attend says what is
+    query_length, key_length = query.shape[1], key.shape[1]
+    if query_length > WEIGHTS_LIMIT or query_length * key_length > WEIGHTS_LIMIT**2:
+        rows = min(WEIGHTS_LIMIT, WEIGHTS_LIMIT**2 // max(key_length, 1))
+        raise InvalidInput(
+            f"need_weights gives a dense matrix, of at most {WEIGHTS_LIMIT} tokens. Got {query_length} queries and "
+            f"{key_length} keys; ask for chosen rows, up to {rows} at once: layer(x[:, i:j], x, x, query_start=i, "
+            "need_weights=True) has the weights of rows i to j - 1."
+        )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -15,6 +15,7 @@ from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.attention import MultiheadDilatedAttention
 from dilated_attention_pytorch.nn.base import check_dropout, compute_dtype
 from dilated_attention_pytorch.nn.cache import KeyValueCache, LayerCache
+from dilated_attention_pytorch.nn.old_keys import DECODER_BLOCK, ENCODER_BLOCK, rename_block_keys
 from dilated_attention_pytorch.nn.positions import Rotation
 from dilated_attention_pytorch.nn.shards import ShardRows, shard_rows
 from dilated_attention_pytorch.parallel.context import ContextParallel
@@ -110,6 +111,8 @@ class DilatedTransformerEncoderLayer(nn.Module):
         torch.Size([2, 100, 64])
     """
 
+    _OLD_NAMES = ENCODER_BLOCK
+
     def __init__(
         self,
         d_model: int,
@@ -178,6 +181,10 @@ class DilatedTransformerEncoderLayer(nn.Module):
         src = src + self.dropout(added)
         return src + self.feed_forward(src)  # type: ignore[no-any-return]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        rename_block_keys(state_dict, prefix, self._OLD_NAMES)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class DilatedTransformerDecoderLayer(DilatedTransformerEncoderLayer):
     """An encoder layer with cross-attention to a memory between its two parts.
@@ -190,6 +197,8 @@ class DilatedTransformerDecoderLayer(DilatedTransformerEncoderLayer):
         >>> block(torch.randn(2, 10, 64), torch.randn(2, 100, 64), tgt_is_causal=True).shape
         torch.Size([2, 10, 64])
     """
+
+    _OLD_NAMES = DECODER_BLOCK
 
     def __init__(
         self,
