@@ -1,0 +1,486 @@
+"""The layers of versions 0.1 and 0.2 under their names: those of `nn` with the old signatures and defaults.
+
+Nothing is computed here. An option that no longer changes anything keeps its place, and any value but the one that
+describes what is done raises InvalidInput with the way to get it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dilated_attention_pytorch.core.config import DilatedAttentionConfig, RingAttentionConfig
+from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.models import LongNet, LongNetLM
+from dilated_attention_pytorch.nn import (
+    BlockSparseAttention,
+    DilatedAttention,
+    DilatedTransformerDecoderLayer,
+    DilatedTransformerEncoderLayer,
+    MultiheadBlockSparseAttention,
+    MultiheadDilatedAttention,
+)
+from dilated_attention_pytorch.parallel.context import ContextParallel
+
+__all__ = [
+    "BlockSparseRingDilatedAttention",
+    "BlockSparseRingDistributedDilatedAttention",
+    "BlockSparseRingMultiheadDilatedAttention",
+    "DilatedAttention",
+    "DilatedTransformerDecoderLayer",
+    "DilatedTransformerEncoderLayer",
+    "DistributedMultiheadDilatedAttention",
+    "ImprovedDilatedAttention",
+    "ImprovedMultiheadDilatedAttention",
+    "LongNet",
+    "LongNetLM",
+    "MultiheadDilatedAttention",
+    "RingDilatedAttention",
+    "RingMultiheadDilatedAttention",
+    "SparsePatternConfig",
+]
+
+Device = torch.device | str | None
+SPARSE_KINDS = {
+    "local_window": "local_window",
+    "dilated_sparse": "dilated_sparse",
+    "global_local": "global_local",
+    "axial": "axial",
+    "strided": "strided",
+    "random": "random_blocks",
+    "hierarchical": "hierarchical",
+}
+"""Pattern types of 0.2, and the builders of `patterns` that they name."""
+
+
+class ImprovedDilatedAttention(DilatedAttention):
+    """`nn.DilatedAttention` with 0.2's parameters: the fastest backend for the machine.
+
+    ``use_tf32`` is that of `DilatedAttentionConfig`. Other options are those of `nn.DilatedAttention`.
+
+    Example:
+        >>> q = torch.randn(1, 100, 4, 16)
+        >>> ImprovedDilatedAttention([32, 64], [1, 2], dropout=0.0)(q, q, q).shape
+        torch.Size([1, 100, 4, 16])
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        dropout: float = 0.0,
+        use_tf32: bool = True,
+        **options: Any,
+    ) -> None:
+        DilatedAttentionConfig(segment_lengths, dilation_rates, dropout, use_tf32).frozen()
+        super().__init__(segment_lengths, dilation_rates, attention_dropout=dropout, **options)
+
+
+class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
+    """`nn.MultiheadDilatedAttention`, whose projections are fused; rates before segments.
+
+    Example:
+        >>> layer = ImprovedMultiheadDilatedAttention(64, 4, [1, 2], [32, 64])
+        >>> layer(torch.randn(2, 100, 64)).shape, layer.qkv_proj.weight.shape
+        (torch.Size([2, 100, 64]), torch.Size([192, 64]))
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dilation_rates: Sequence[int],
+        segment_lengths: Sequence[int],
+        dropout: float = 0.0,
+        bias: bool = True,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        use_tf32: bool = True,
+        **options: Any,
+    ) -> None:
+        DilatedAttentionConfig(segment_lengths, dilation_rates, dropout, use_tf32).frozen()
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dilation_rates,
+            segment_lengths,
+            dropout,
+            bias,
+            layer_norm,
+            layer_norm_eps,
+            gamma_init,
+            device,
+            dtype,
+            **options,
+        )
+
+
+class RingDilatedAttention(DilatedAttention):
+    """`nn.DilatedAttention` over the ranks of the default process group, by the ring; exact on any number of them.
+
+    Each rank gives and gets its shard of the tokens, as `ContextParallel.shard` cuts them; ``context_parallel`` sets
+    another group, mesh, layout or method. On one process it takes the whole sequence, and every backend works block by
+    block: memory beyond the tensors stays bounded at any length. ``use_tf32``, ``block_size``, ``ring_size`` and
+    ``use_checkpointing`` are those of `RingAttentionConfig`. The layer has no parameters: ``device`` and ``dtype`` are
+    those of its inputs.
+
+    Example:
+        >>> q = torch.randn(1, 100, 4, 16)
+        >>> RingDilatedAttention([32, 64], [1, 2], block_size=16)(q, q, q, is_causal=True).shape
+        torch.Size([1, 100, 4, 16])
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        dropout: float = 0.0,
+        use_tf32: bool = True,
+        block_size: int = 1024,
+        ring_size: int | None = None,
+        use_checkpointing: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        context_parallel: ContextParallel | None = None,
+        **options: Any,
+    ) -> None:
+        RingAttentionConfig(
+            segment_lengths,
+            dilation_rates,
+            dropout,
+            use_tf32,
+            block_size=block_size,
+            ring_size=ring_size,
+            use_checkpointing=use_checkpointing,
+        ).frozen()
+        super().__init__(
+            segment_lengths,
+            dilation_rates,
+            attention_dropout=dropout,
+            context_parallel=ContextParallel(method="ring") if context_parallel is None else context_parallel,
+            **options,
+        )
+
+
+class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
+    """`nn.MultiheadDilatedAttention` over the ranks of the default process group, by the ring.
+
+    Mind the order of 0.2: here ``segment_lengths`` come before ``dilation_rates``. Ring options are those of
+    `RingDilatedAttention`.
+
+    Example:
+        >>> layer = RingMultiheadDilatedAttention(64, 4, [32, 64], [1, 2])
+        >>> layer(torch.randn(2, 100, 64), is_causal=True).shape
+        torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        dropout: float = 0.0,
+        bias: bool = True,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        block_size: int = 1024,
+        ring_size: int | None = None,
+        use_checkpointing: bool = True,
+        use_tf32: bool = True,
+        use_flash_attention: bool = True,
+        compile_model: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        context_parallel: ContextParallel | None = None,
+        **options: Any,
+    ) -> None:
+        RingAttentionConfig(
+            segment_lengths,
+            dilation_rates,
+            dropout,
+            use_tf32,
+            block_size=block_size,
+            ring_size=ring_size,
+            use_checkpointing=use_checkpointing,
+        ).frozen()
+        _only(use_flash_attention=(use_flash_attention, True, "name another backend by op=, such as op='dense'"))
+        _only(compile_model=(compile_model, False, "compile the layer by torch.compile(layer)"))
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dilation_rates,
+            segment_lengths,
+            dropout,
+            bias,
+            layer_norm,
+            layer_norm_eps,
+            gamma_init,
+            device,
+            dtype,
+            context_parallel=ContextParallel(method="ring") if context_parallel is None else context_parallel,
+            **options,
+        )
+
+
+class DistributedMultiheadDilatedAttention(MultiheadDilatedAttention):
+    """`nn.MultiheadDilatedAttention` over the ranks of the default process group, by the method that sends least.
+
+    Rates before segments, as in 0.1. Each rank gives and gets its shard; on one process it is the whole.
+
+    Example:
+        >>> layer = DistributedMultiheadDilatedAttention(64, 4, [1, 2], [32, 64])
+        >>> layer(torch.randn(2, 100, 64)).shape
+        torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dilation_rates: Sequence[int],
+        segment_lengths: Sequence[int],
+        dropout: float = 0.0,
+        op: str | None = None,
+        *,
+        context_parallel: ContextParallel | None = None,
+        **options: Any,
+    ) -> None:
+        context = ContextParallel() if context_parallel is None else context_parallel
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dilation_rates,
+            segment_lengths,
+            dropout,
+            op=op,
+            context_parallel=context,
+            **options,
+        )
+
+
+@dataclass(frozen=True)
+class SparsePatternConfig:
+    """Which blocks are kept: the options of `nn.BlockSparseAttention` under the names of 0.2.
+
+    ``sparsity_ratio`` is, as it was here in 0.2, the share of blocks that is **kept**; ``density`` says the same
+    without doubt, and wins. With ``sparsity_ratio=None`` the sizes decide: ``local_window_size`` (tokens to either
+    side, "local_window", "global_local" and "hierarchical"). ``global_tokens`` are rounded up to whole blocks
+    ("global_local"). ``min_sparsity`` and ``max_sparsity`` bound the share kept. Content decides in
+    `nn.AdaptiveSparseAttention`: "adaptive", and another ``adaptation_rate``, are refused here.
+
+    Example:
+        >>> SparsePatternConfig("local_window", 0.25, block_size=64).builder_options()
+        {'block_size': 64, 'density': 0.25}
+    """
+
+    pattern_type: str = "dilated_sparse"
+    sparsity_ratio: float | None = 0.25
+    block_size: int = 128
+    local_window_size: int = 512
+    global_tokens: int = 64
+    adaptation_rate: float = 0.1
+    min_sparsity: float = 0.05
+    max_sparsity: float = 0.95
+    density: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.pattern_type not in SPARSE_KINDS:
+            raise InvalidInput(
+                f"expected pattern_type to be one of {tuple(SPARSE_KINDS)}. Got {self.pattern_type!r}; where the "
+                "content decides, use AdaptiveSparseAttention."
+            )
+        _only(adaptation_rate=(self.adaptation_rate, 0.1, "use AdaptiveSparseAttention, which adapts on every call"))
+        for name in ("block_size", "local_window_size", "global_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInput(f"expected {name} of at least 1 token. Got {value!r}.")
+        kept = self.kept
+        if kept is None:
+            if "window" not in _sizes(self.pattern_type):
+                raise InvalidInput(f"{self.pattern_type!r} has no window: give sparsity_ratio, the share kept.")
+        elif not 0 < self.min_sparsity <= kept <= self.max_sparsity <= 1:
+            raise InvalidInput(
+                f"expected sparsity_ratio, the share of blocks kept, from min_sparsity ({self.min_sparsity}) to "
+                f"max_sparsity ({self.max_sparsity}), in (0, 1]. Got {kept}; create_block_sparse_attention takes the "
+                "share dropped, density= is the share kept in both."
+            )
+
+    @property
+    def kept(self) -> float | None:
+        """The share of blocks kept; None where the sizes decide."""
+        return self.sparsity_ratio if self.density is None else self.density
+
+    @property
+    def kind(self) -> str:
+        """The builder of `patterns` that the type names."""
+        return SPARSE_KINDS[self.pattern_type]
+
+    def builder_options(self, dilation_rates: Sequence[int] | None = None) -> dict[str, Any]:
+        """What the builder is called with; ``dilation_rates`` are those of "dilated_sparse", in blocks."""
+        options: dict[str, Any] = {"block_size": self.block_size}
+        if self.kept is None:
+            options["window"] = self.local_window_size
+        else:
+            options["density"] = self.kept
+        if self.pattern_type == "global_local":
+            options["global_blocks"] = -(-self.global_tokens // self.block_size)
+        if self.pattern_type == "dilated_sparse" and dilation_rates is not None:
+            options["dilation_rates"] = tuple(dilation_rates)
+        return options
+
+
+class BlockSparseRingDilatedAttention(BlockSparseAttention):
+    """`nn.BlockSparseAttention` over the ranks of the default process group, by the ring; one softmax over all blocks.
+
+    The blocks of ``sparse_config`` decide who sees whom. ``dilation_rates`` are those of "dilated_sparse", in blocks.
+    ``segment_lengths`` decide nothing, in 0.2 neither: they and the rates are checked only. Ring options are those of
+    `RingDilatedAttention`.
+
+    Example:
+        >>> config = SparsePatternConfig("local_window", block_size=16)
+        >>> q = torch.randn(1, 100, 4, 16)
+        >>> BlockSparseRingDilatedAttention([32, 64], [1, 2], config)(q, q, q).shape
+        torch.Size([1, 100, 4, 16])
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        sparse_config: SparsePatternConfig | None = None,
+        use_adaptive_sparsity: bool = False,
+        *,
+        dropout: float = 0.0,
+        use_tf32: bool = True,
+        block_size: int = 1024,
+        ring_size: int | None = None,
+        use_checkpointing: bool = True,
+        context_parallel: ContextParallel | None = None,
+        **options: Any,
+    ) -> None:
+        RingAttentionConfig(
+            segment_lengths,
+            dilation_rates,
+            dropout,
+            use_tf32,
+            block_size=block_size,
+            ring_size=ring_size,
+            use_checkpointing=use_checkpointing,
+        ).frozen()
+        config = _check_sparse(sparse_config, use_adaptive_sparsity)
+        super().__init__(
+            config.kind,
+            attention_dropout=dropout,
+            context_parallel=ContextParallel(method="ring") if context_parallel is None else context_parallel,
+            **config.builder_options(dilation_rates),
+            **options,
+        )
+
+
+class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention):
+    """`BlockSparseRingDilatedAttention` by the method that sends least; hierarchical blocks unless said otherwise.
+
+    Example:
+        >>> q = torch.randn(1, 300, 2, 8)
+        >>> BlockSparseRingDistributedDilatedAttention([32, 64], [1, 2])(q, q, q).shape
+        torch.Size([1, 300, 2, 8])
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        distributed_config: SparsePatternConfig | None = None,
+        *,
+        context_parallel: ContextParallel | None = None,
+        **options: Any,
+    ) -> None:
+        config = SparsePatternConfig("hierarchical") if distributed_config is None else distributed_config
+        context = ContextParallel() if context_parallel is None else context_parallel
+        super().__init__(segment_lengths, dilation_rates, config, context_parallel=context, **options)
+
+
+class BlockSparseRingMultiheadDilatedAttention(MultiheadBlockSparseAttention):
+    """`nn.MultiheadBlockSparseAttention` over the ranks of the default process group, by the ring.
+
+    Without a sub-LayerNorm, as in 0.2, unless ``layer_norm=True``. Other options as in
+    `BlockSparseRingDilatedAttention`.
+
+    Example:
+        >>> layer = BlockSparseRingMultiheadDilatedAttention(64, 4, sparse_config=SparsePatternConfig(block_size=16))
+        >>> layer(torch.randn(2, 100, 64), is_causal=True).shape
+        torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        segment_lengths: Sequence[int] = (2048, 4096, 8192),
+        dilation_rates: Sequence[int] = (1, 2, 4),
+        sparse_config: SparsePatternConfig | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        batch_first: bool = True,
+        use_adaptive_sparsity: bool = False,
+        ring_size: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        layer_norm: bool = False,
+        context_parallel: ContextParallel | None = None,
+        **options: Any,
+    ) -> None:
+        RingAttentionConfig(segment_lengths, dilation_rates, dropout, ring_size=ring_size).frozen()
+        _only(batch_first=(batch_first, True, "tensors are (B, N, E): call the layer on x.transpose(0, 1)"))
+        config = _check_sparse(sparse_config, use_adaptive_sparsity)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            config.kind,
+            dropout,
+            bias,
+            layer_norm,
+            device=device,
+            dtype=dtype,
+            context_parallel=ContextParallel(method="ring") if context_parallel is None else context_parallel,
+            **config.builder_options(dilation_rates),
+            **options,
+        )
+
+
+def _sizes(pattern_type: str) -> tuple[str, ...]:
+    """The sizes that a pattern type can be given instead of a share."""
+    return ("window",) if pattern_type in ("local_window", "global_local", "hierarchical") else ()
+
+
+def _check_sparse(config: SparsePatternConfig | None, use_adaptive_sparsity: bool) -> SparsePatternConfig:
+    _only(
+        use_adaptive_sparsity=(
+            use_adaptive_sparsity,
+            False,
+            "use AdaptiveSparseAttention, MultiheadAdaptiveSparseAttention or create_adaptive_sparse_attention",
+        )
+    )
+    if config is None:
+        return SparsePatternConfig()
+    if not isinstance(config, SparsePatternConfig):
+        raise InvalidInput(f"expected sparse_config to be a SparsePatternConfig. Got {type(config).__name__}.")
+    return config
+
+
+def _only(**given: tuple[object, object, str]) -> None:
+    """Raise InvalidInput for a value other than the one that describes what is done."""
+    for name, (value, described, instead) in given.items():
+        if value != described:
+            raise InvalidInput(f"expected {name}={described!r}. Got {value!r}; {instead}.")
