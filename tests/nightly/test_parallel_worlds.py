@@ -39,10 +39,12 @@ def test_errors_do_not_grow_with_the_world(dtype, method, pattern):
     case = replace(cases(8)[pattern], query_length=500)
     problems = [ask(case, dtype, seed) for seed in range(5)]
     trial = Trial(case.name, "zigzag", method, dtype=dtype)
-    errors = {size: rms_errors(size, problems, trial) for size in (2, 4, 8)}
-    for name, error in errors[2].items():
-        assert errors[8][name] <= 1.2 * error, (name, errors)
-        assert errors[4][name] <= 1.2 * error, (name, errors)
+    errors = {size: rms_errors(size, problems, trial) for size in (1, 2, 4, 8)}
+    for name, two in errors[2].items():
+        # One kernel sums all keys at once, so that one process may have a worse lse than two ranks.
+        limit = 1.2 * (max(two, errors[1][name]) if name == "lse" else two)
+        assert errors[4][name] <= limit, (name, errors)
+        assert errors[8][name] <= limit, (name, errors)
 
 
 @pytest.mark.parametrize("block", range(5))
