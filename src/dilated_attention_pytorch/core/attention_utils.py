@@ -261,7 +261,7 @@ def split_attention_heads(tensor: Tensor, num_heads: int) -> Tensor:
     """
     if num_heads < 1 or tensor.shape[-1] % num_heads != 0:
         raise InvalidInput(f"embed_dim ({tensor.shape[-1]}) must be divisible by num_heads ({num_heads}).")
-    return tensor.unflatten(-1, (num_heads, tensor.shape[-1] // num_heads))
+    return tensor.reshape(*tensor.shape[:-1], num_heads, tensor.shape[-1] // num_heads)
 
 
 def merge_attention_heads(tensor: Tensor, num_heads: int, head_dim: int) -> Tensor:
@@ -317,13 +317,13 @@ def _attend(
                 f"expected q, k, v (..., N, H, D) with the same leading dims. Got {name} {tuple(x.shape)}, "
                 f"q {tuple(q.shape)}."
             )
-    flat = [x.reshape(math.prod(lead), *x.shape[-3:]) for x in (q, k, v)]
+    q4, k4, v4 = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (q, k, v))
     bias = None
     if attention_mask is not None:
         bias = bias_from_mask("attention_mask", attention_mask, q, true_takes_part=False)
         bias = _flat_bias(bias, lead, (q.shape[-2], q.shape[-3], k.shape[-3]))
     pattern = Causal() if is_causal else Full()
-    out: Tensor = attend(*flat, pattern, bias=bias, dropout_p=dropout_p, backend=backend)
+    out: Tensor = attend(q4, k4, v4, pattern, bias=bias, dropout_p=dropout_p, backend=backend)
     return out.reshape(*lead, *out.shape[1:])
 
 

@@ -7,12 +7,18 @@ describes what is done raises InvalidInput with the way to get it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dilated_attention_pytorch.core.config import DilatedAttentionConfig, RingAttentionConfig
+from dilated_attention_pytorch.core.config import (
+    PATTERN_TYPES,
+    DilatedAttentionConfig,
+    RingAttentionConfig,
+    SparseAttentionConfig,
+)
+from dilated_attention_pytorch.core.sparse import make_table
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.models import LongNet, LongNetLM
 from dilated_attention_pytorch.nn import (
@@ -44,16 +50,9 @@ __all__ = [
 ]
 
 Device = torch.device | str | None
-SPARSE_KINDS = {
-    "local_window": "local_window",
-    "dilated_sparse": "dilated_sparse",
-    "global_local": "global_local",
-    "axial": "axial",
-    "strided": "strided",
-    "random": "random_blocks",
-    "hierarchical": "hierarchical",
-}
-"""Pattern types of 0.2, and the builders of `patterns` that they name."""
+SPARSE_TYPES = (*(kind for kind in PATTERN_TYPES if kind != "learned"), "hierarchical", "strided")
+"""What `SparsePatternConfig.pattern_type` may be."""
+_WITH_WINDOW = ("global_local", "hierarchical", "local_window")
 
 
 class ImprovedDilatedAttention(DilatedAttention):
@@ -75,7 +74,7 @@ class ImprovedDilatedAttention(DilatedAttention):
         use_tf32: bool = True,
         **options: Any,
     ) -> None:
-        DilatedAttentionConfig(segment_lengths, dilation_rates, dropout, use_tf32).frozen()
+        DilatedAttentionConfig(tuple(segment_lengths), tuple(dilation_rates), dropout, use_tf32).frozen()
         super().__init__(segment_lengths, dilation_rates, attention_dropout=dropout, **options)
 
 
@@ -104,7 +103,7 @@ class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
         use_tf32: bool = True,
         **options: Any,
     ) -> None:
-        DilatedAttentionConfig(segment_lengths, dilation_rates, dropout, use_tf32).frozen()
+        DilatedAttentionConfig(tuple(segment_lengths), tuple(dilation_rates), dropout, use_tf32).frozen()
         super().__init__(
             embed_dim,
             num_heads,
@@ -152,8 +151,8 @@ class RingDilatedAttention(DilatedAttention):
         **options: Any,
     ) -> None:
         RingAttentionConfig(
-            segment_lengths,
-            dilation_rates,
+            tuple(segment_lengths),
+            tuple(dilation_rates),
             dropout,
             use_tf32,
             block_size=block_size,
@@ -205,8 +204,8 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         **options: Any,
     ) -> None:
         RingAttentionConfig(
-            segment_lengths,
-            dilation_rates,
+            tuple(segment_lengths),
+            tuple(dilation_rates),
             dropout,
             use_tf32,
             block_size=block_size,
@@ -273,14 +272,16 @@ class SparsePatternConfig:
     """Which blocks are kept: the options of `nn.BlockSparseAttention` under the names of 0.2.
 
     ``sparsity_ratio`` is, as it was here in 0.2, the share of blocks that is **kept**; ``density`` says the same
-    without doubt, and wins. With ``sparsity_ratio=None`` the sizes decide: ``local_window_size`` (tokens to either
-    side, "local_window", "global_local" and "hierarchical"). ``global_tokens`` are rounded up to whole blocks
+    without doubt, and wins. With ``sparsity_ratio=None`` the size decides: ``local_window_size`` (tokens to either
+    side; "local_window", "global_local" and "hierarchical"). ``global_tokens`` are rounded up to whole blocks
     ("global_local"). ``min_sparsity`` and ``max_sparsity`` bound the share kept. Content decides in
-    `nn.AdaptiveSparseAttention`: "adaptive", and another ``adaptation_rate``, are refused here.
+    `nn.AdaptiveSparseAttention`: "adaptive", "learned" and another ``adaptation_rate`` are refused here.
+
+    Raises InvalidInput for values out of range, and types that are not known.
 
     Example:
-        >>> SparsePatternConfig("local_window", 0.25, block_size=64).builder_options()
-        {'block_size': 64, 'density': 0.25}
+        >>> SparsePatternConfig("local_window", 0.25, block_size=64).make_table([2048], [1])
+        {'kind': 'local_window', 'block_size': 64, 'density': 0.25}
     """
 
     pattern_type: str = "dilated_sparse"
@@ -294,10 +295,10 @@ class SparsePatternConfig:
     density: float | None = None
 
     def __post_init__(self) -> None:
-        if self.pattern_type not in SPARSE_KINDS:
+        if self.pattern_type not in SPARSE_TYPES:
             raise InvalidInput(
-                f"expected pattern_type to be one of {tuple(SPARSE_KINDS)}. Got {self.pattern_type!r}; where the "
-                "content decides, use AdaptiveSparseAttention."
+                f"expected pattern_type to be one of {SPARSE_TYPES}. Got {self.pattern_type!r}; where the content "
+                "decides, use AdaptiveSparseAttention."
             )
         _only(adaptation_rate=(self.adaptation_rate, 0.1, "use AdaptiveSparseAttention, which adapts on every call"))
         for name in ("block_size", "local_window_size", "global_tokens"):
@@ -306,7 +307,7 @@ class SparsePatternConfig:
                 raise InvalidInput(f"expected {name} of at least 1 token. Got {value!r}.")
         kept = self.kept
         if kept is None:
-            if "window" not in _sizes(self.pattern_type):
+            if self.pattern_type not in _WITH_WINDOW:
                 raise InvalidInput(f"{self.pattern_type!r} has no window: give sparsity_ratio, the share kept.")
         elif not 0 < self.min_sparsity <= kept <= self.max_sparsity <= 1:
             raise InvalidInput(
@@ -317,26 +318,25 @@ class SparsePatternConfig:
 
     @property
     def kept(self) -> float | None:
-        """The share of blocks kept; None where the sizes decide."""
+        """The share of blocks kept; None where the size decides."""
         return self.sparsity_ratio if self.density is None else self.density
 
-    @property
-    def kind(self) -> str:
-        """The builder of `patterns` that the type names."""
-        return SPARSE_KINDS[self.pattern_type]
-
-    def builder_options(self, dilation_rates: Sequence[int] | None = None) -> dict[str, Any]:
-        """What the builder is called with; ``dilation_rates`` are those of "dilated_sparse", in blocks."""
-        options: dict[str, Any] = {"block_size": self.block_size}
-        if self.kept is None:
-            options["window"] = self.local_window_size
+    def make_table(self, segment_lengths: Sequence[int], dilation_rates: Sequence[int]) -> dict[str, Any]:
+        """The options of `nn.BlockSparseAttention`; the rates are those of "dilated_sparse", in blocks."""
+        config = SparseAttentionConfig(tuple(segment_lengths), tuple(dilation_rates), block_size=self.block_size)
+        if self.pattern_type in PATTERN_TYPES:
+            config = replace(config, pattern_type=self.pattern_type)
+            table = make_table(config)
         else:
-            options["density"] = self.kept
+            table = {"kind": self.pattern_type, "block_size": self.block_size}
+        if self.kept is None:
+            table.pop("density", None)
+            table["window"] = self.local_window_size
+        else:
+            table["density"] = self.kept
         if self.pattern_type == "global_local":
-            options["global_blocks"] = -(-self.global_tokens // self.block_size)
-        if self.pattern_type == "dilated_sparse" and dilation_rates is not None:
-            options["dilation_rates"] = tuple(dilation_rates)
-        return options
+            table["global_blocks"] = -(-self.global_tokens // self.block_size)
+        return table
 
 
 class BlockSparseRingDilatedAttention(BlockSparseAttention):
@@ -369,8 +369,8 @@ class BlockSparseRingDilatedAttention(BlockSparseAttention):
         **options: Any,
     ) -> None:
         RingAttentionConfig(
-            segment_lengths,
-            dilation_rates,
+            tuple(segment_lengths),
+            tuple(dilation_rates),
             dropout,
             use_tf32,
             block_size=block_size,
@@ -379,10 +379,9 @@ class BlockSparseRingDilatedAttention(BlockSparseAttention):
         ).frozen()
         config = _check_sparse(sparse_config, use_adaptive_sparsity)
         super().__init__(
-            config.kind,
             attention_dropout=dropout,
             context_parallel=ContextParallel(method="ring") if context_parallel is None else context_parallel,
-            **config.builder_options(dilation_rates),
+            **config.make_table(segment_lengths, dilation_rates),
             **options,
         )
 
@@ -441,27 +440,21 @@ class BlockSparseRingMultiheadDilatedAttention(MultiheadBlockSparseAttention):
         context_parallel: ContextParallel | None = None,
         **options: Any,
     ) -> None:
-        RingAttentionConfig(segment_lengths, dilation_rates, dropout, ring_size=ring_size).frozen()
+        RingAttentionConfig(tuple(segment_lengths), tuple(dilation_rates), dropout, ring_size=ring_size).frozen()
         _only(batch_first=(batch_first, True, "tensors are (B, N, E): call the layer on x.transpose(0, 1)"))
         config = _check_sparse(sparse_config, use_adaptive_sparsity)
         super().__init__(
             embed_dim,
             num_heads,
-            config.kind,
-            dropout,
-            bias,
-            layer_norm,
+            dropout=dropout,
+            bias=bias,
+            layer_norm=layer_norm,
             device=device,
             dtype=dtype,
             context_parallel=ContextParallel(method="ring") if context_parallel is None else context_parallel,
-            **config.builder_options(dilation_rates),
+            **config.make_table(segment_lengths, dilation_rates),
             **options,
         )
-
-
-def _sizes(pattern_type: str) -> tuple[str, ...]:
-    """The sizes that a pattern type can be given instead of a share."""
-    return ("window",) if pattern_type in ("local_window", "global_local", "hierarchical") else ()
 
 
 def _check_sparse(config: SparsePatternConfig | None, use_adaptive_sparsity: bool) -> SparsePatternConfig:
