@@ -34,14 +34,22 @@ def fill_with_nan() -> Iterator[None]:
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """A new tensor whose contents mean nothing."""
-    x = torch.empty(tuple(shape), dtype=dtype, device=device)
-    return x.fill_(torch.nan) if _poison.get() else x
+    return poisoned(torch.empty(tuple(shape), dtype=dtype, device=device))
+
+
+is_poisoned = _poison.get  # whether it is within `fill_with_nan`
+
+
+def poisoned(x: Tensor) -> Tensor:
+    """The tensor, of NaN within `fill_with_nan`; integers and booleans, which have no NaN, are left as they are."""
+    return x.fill_(torch.nan) if _poison.get() and (x.is_floating_point() or x.is_complex()) else x
 
 
 class Workspace:
     """Named buffers that grow to the largest request and are handed out again; for one call on one thread.
 
-    It keeps the memory of a call at one chunk, however many chunks there are (docs/speed.md has the figures).
+    It keeps the memory of a call at one chunk, however many chunks there are (docs/speed.md has the figures). Unlike
+    a pool it hands out the same memory again while an earlier view lives: its caller has finished with that view.
 
     Example:
         >>> work = Workspace(torch.float32, "cpu")
@@ -60,5 +68,4 @@ class Workspace:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
-        view = buffer[:size].view(tuple(shape))
-        return view.fill_(torch.nan) if _poison.get() else view
+        return poisoned(buffer[:size].view(tuple(shape)))
