@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from dilated_attention_pytorch.testing.cases import random_case
-from parallel.world_contract import LAYOUTS, METHODS, Trial, ask, ask_for, cases, judge, refused_with, rms_errors, tell
+from parallel.world_contract import (
+    LAYOUTS,
+    METHODS,
+    MOST_GROWTH,
+    Trial,
+    ask,
+    ask_for,
+    cases,
+    judge,
+    refused_with,
+    rms_errors,
+    tell,
+)
 from parallel.worlds import run_world
 
 pytestmark = pytest.mark.nightly
@@ -40,9 +52,10 @@ def test_errors_do_not_grow_with_the_world(dtype, method, pattern):
     problems = [ask(case, dtype, seed) for seed in range(5)]
     trial = Trial(case.name, "zigzag", method, dtype=dtype)
     errors = {size: rms_errors(size, problems, trial) for size in (1, 2, 4, 8)}
+    most = MOST_GROWTH if dtype == torch.bfloat16 else 1.2
     for name, two in errors[2].items():
         # One kernel sums all keys at once, so that one process may have a worse lse than two ranks.
-        limit = 1.2 * (max(two, errors[1][name]) if name == "lse" else two)
+        limit = 1.2 * max(two, errors[1][name]) if name == "lse" else most * two
         assert errors[4][name] <= limit, (name, errors)
         assert errors[8][name] <= limit, (name, errors)
 

@@ -12,7 +12,7 @@ from dilated_attention_pytorch.parallel import context, gather, ring, runs
 from dilated_attention_pytorch.parallel.layouts import Layout
 from dilated_attention_pytorch.problem import Problem
 from parallel.transports import StrictTransport, strict_transport
-from parallel.world_contract import Trial, ask, attempt, cases, errors
+from parallel.world_contract import MOST_GROWTH, Trial, ask, attempt, cases, errors, half_type_errors
 from parallel.worlds import run_world
 
 
@@ -49,6 +49,11 @@ def without_own_keys(real, problem, pattern, backend):
 def in_half(real, *arguments):
     out, lse = real(*arguments)
     return out.bfloat16().to(out), lse
+
+
+def gradients_in_half(real, *arguments):
+    grads = real(*arguments)
+    return type(grads)(*(x.bfloat16().to(x) for x in (grads.q, grads.k, grads.v)))
 
 
 def padding_of_others_seen(real, problem, *rest):
@@ -148,6 +153,14 @@ def test_every_wrong_world_is_noticed():
     right, *wrong = map(max, zip(*run_world(2, _found_wrong, problems)))
     assert right < 1e-12
     assert {name: error for name, error in zip(WRONG, wrong, strict=True) if error < 1e-6} == {}
+
+
+@pytest.mark.parametrize(("name", "change"), [("partial_forward", in_half), ("partial_backward", gradients_in_half)])
+def test_rounded_partial_results_are_noticed_in_half_types(name, change):
+    (right,) = half_type_errors("ring", [1]).values()
+    with around(ring, name, change):
+        (wrong,) = half_type_errors("ring", [3]).values()
+    assert any(wrong[x] > MOST_GROWTH * right[x] for x in ("out", "dq", "dk", "dv"))
 
 
 def _overwrites(early):

@@ -1,6 +1,6 @@
 """What worlds of ranks are held to: every method, layout and backend on every kind of problem equals one process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +30,7 @@ from parallel.worlds import run_world
 LAYOUTS = ("contiguous", "zigzag", "striped")
 METHODS = ("ring", "gather", "all_to_all", "auto")
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}  # of law 1's measure
+MOST_GROWTH = 1.02  # of half types' errors from one process to many; rounded partial results give more
 LENGTH = 53  # tokens; no world divides it
 
 
@@ -261,6 +262,13 @@ def rms_errors(size: int, asked: list[Asked], trial: Trial) -> dict[str, float]:
     told = run_world(size, square_errors, asked, trial, timeout=300)
     totals = {name: sum(ends[name] for ends in told) for name in told[0]}
     return {name: float((total[0] / total[1]).sqrt()) for name, total in totals.items()}
+
+
+def half_type_errors(method: str, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
+    """`rms_errors` of five small causal problems in bfloat16, by size of the world."""
+    case = replace(cases()["longnet_causal"], query_length=150)
+    problems = [ask(case, torch.bfloat16, seed) for seed in range(5)]
+    return {size: rms_errors(size, problems, Trial(case.name, "zigzag", method)) for size in sizes}
 
 
 def judge(trials: list[Trial], told: list[list[dict[str, float] | str]], refused: Callable[[Trial], bool]) -> None:
