@@ -66,10 +66,14 @@ def test_bytes_that_come_are_those_that_are_told(size):
         for name, (found, expected, hit) in rank.items():
             assert found == expected, name
             assert not hit, name
-    shard = 2 * (LENGTH // size) * 2 * 16 * 8  # bytes of k and v
-    shards = {"full": [size - 1] * size, "causal": list(range(size)), "window": [0] + [1] * (size - 1)}
-    for name, counts in (shards | {"short": [0] * size}).items():
-        assert [rank[name, "contiguous"][0][0] for rank in told] == [shard * n for n in counts], name
+    shard, row = LENGTH // size, 2 * 2 * 16 * 8  # rows of a shard, bytes of k and v of one
+    rows = {"full": [shard * (size - 1)] * size, "causal": [shard * rank for rank in range(size)]}
+    rows |= {"window": [0] + [3] * (size - 1), "short": [0] * size}
+    for name, counts in rows.items():
+        assert [rank[name, "contiguous"][0][0] for rank in told] == [row * n for n in counts], name
+    chunk = shard // 2  # of zigzag shards a rank sees the low chunk of those before it, and both of those behind it
+    expected = [chunk * (rank + 2 * (size - 1 - rank)) for rank in range(size)]
+    assert [rank["causal", "zigzag"][0][0] for rank in told] == [row * n for n in expected]
 
 
 def rows_and_truth(pattern, dtype=torch.float64, layout="zigzag", **options):

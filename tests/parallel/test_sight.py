@@ -41,11 +41,16 @@ def test_nothing_seen_is_missed_and_ranks_agree(name, layout, key_lengths):
     pattern, all_worlds = PATTERNS[name], worlds(layout)
     told = [sources(pattern, HEADS, world, key_lengths) for world in all_worlds]
     visible = truth(pattern, key_lengths)
+    shards = [positions_tensor(at) for at in all_worlds[0].keys]
     for r in range(SIZE):
         for s in range(SIZE):
-            q, k = (positions_tensor(world.keys[rank]) for world, rank in ((all_worlds[0], r), (all_worlds[0], s)))
-            assert told[r][0][s] == told[s][1][r]
-            assert told[r][0][s] or not visible[q][:, k].any()
+            part = told[r][0][s]
+            assert part == told[s][1][r]
+            rows = torch.cat([torch.arange(len(shards[s]))[cut] for cut in part.slices] or [torch.empty(0).long()])
+            assert part.length == len(rows)
+            assert positions_tensor(part.positions).tolist() == shards[s][rows].tolist()
+            unseen = sorted({*shards[s].tolist()} - {*shards[s][rows].tolist()})
+            assert not visible[shards[r]][:, unseen].any()
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "documents", "blocks"])
@@ -55,7 +60,9 @@ def test_contiguous_shards_that_see_nothing_are_found(name):
     for world in worlds("contiguous"):
         needed, _ = sources(PATTERNS[name], HEADS, world)
         q = positions_tensor(world.queries[world.rank])
-        assert needed == [bool(visible[q][:, positions_tensor(keys)].any()) for keys in world.keys]
+        seen = [visible[q][:, positions_tensor(keys)].any() for keys in world.keys]
+        assert [part.length > 0 for part in needed] == seen
+        assert sum(part.length for part in needed) < LENGTH or world.rank == SIZE - 1
 
 
 def test_pairs_of_runs():

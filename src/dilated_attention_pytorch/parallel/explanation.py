@@ -311,7 +311,7 @@ def _messages(method: str, problem: Problem, pattern: Pattern, world: World) -> 
     if method == "all_to_all":
         return 2 * (world.size - 1)
     needed, _ = sources(pattern, problem.num_heads, world, problem.key_lengths)
-    return sum(needed) - needed[world.rank]
+    return sum(part.length > 0 for rank, part in enumerate(needed) if rank != world.rank)
 
 
 def _sum(*found: Traffic) -> Traffic:

@@ -1,12 +1,14 @@
 """The ring: in step t a rank works on the keys and values of the rank t behind it, while those of the next one come.
 
-Shards go straight from the rank that has them to the one that needs them, so a rank forwards nothing, its own shard is
-never written, and a step that the pattern leaves empty sends nothing. In backward the shards come once more, and the
-shares of their gradients go back, in the accumulate dtype.
+Rows go straight from the rank that has them to the one that needs them, so a rank forwards nothing, its own shard is
+never written, and what the pattern leaves unseen is not sent: whole steps of it, or the blocks of a shard that no query
+of the receiver may see. In backward the rows come once more, and the shares of their gradients go back, in the
+accumulate dtype.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,15 +21,14 @@ from torch import Tensor
 
 from dilated_attention_pytorch.backends import Gradients
 from dilated_attention_pytorch.merging import merge_into
-from dilated_attention_pytorch.parallel.layouts import row_count
 from dilated_attention_pytorch.parallel.runs import partial_backward, partial_forward
-from dilated_attention_pytorch.parallel.sight import sources
+from dilated_attention_pytorch.parallel.sight import Part, sources
 from dilated_attention_pytorch.parallel.traffic import Traffic
 from dilated_attention_pytorch.parallel.wire import Pending, start_exchange
 from dilated_attention_pytorch.parallel.world import World
 from dilated_attention_pytorch.patterns import Pattern
 from dilated_attention_pytorch.plans.planner import digest
-from dilated_attention_pytorch.problem import Problem
+from dilated_attention_pytorch.problem import Positions, Problem
 
 _CACHE_SIZE = 256
 _cache: OrderedDict[tuple[object, ...], tuple[_Step, ...]] = OrderedDict()
@@ -35,10 +36,12 @@ _lock = threading.Lock()
 
 
 class _Step(NamedTuple):
-    """What one step is to a rank: whose keys it needs, and who needs its own; None where nobody."""
+    """What one step is to a rank: the rank behind and its rows that come, the rank ahead and the own rows that go."""
 
-    source: int | None
-    receiver: int | None
+    source: int
+    needed: Part
+    receiver: int
+    given: Part
 
 
 def reasons_against(problem: Problem, pattern: Pattern, world: World) -> list[str]:
@@ -65,7 +68,7 @@ def forward(
     for number, step in enumerate(transfers.steps):
         transfers.fetch(number + 1)
         transfers.await_rows(number)
-        if step.source is not None:
+        if step.needed.slices:
             part_out, part_lse = partial_forward(transfers.problem(number), pattern, backend)
             merge_into(out.transpose(1, 2), lse, part_out.transpose(1, 2), part_lse)
     return out, lse, ()
@@ -87,15 +90,15 @@ def backward(
     transfers = _Transfers(p, pattern, world)
     transfers.fetch(0)
     own = partial_backward(p, pattern, dout, dlse, out, lse, backend)
-    coming: tuple[Pending, Tensor] | None = None
+    coming: _Returning | None = None
     for number, step in enumerate(transfers.steps):
         transfers.fetch(number + 1)
         transfers.await_rows(number)
         share: Tensor | None = None
-        if step.source is not None:
+        if step.needed.slices:
             part = partial_backward(transfers.problem(number), pattern, dout, dlse, out, lse, backend)
             own.q.add_(part.q)
-            share = _packed(part.k, part.v)
+            share = _packed(part.k, part.v, (slice(None),))
         _add(own, coming)
         coming = transfers.give_back(number, share)
     _add(own, coming)
@@ -113,39 +116,47 @@ def traffic(problem: Problem, pattern: Pattern, world: World) -> Traffic:
         [Traffic(forward=0, backward=256), Traffic(forward=256, backward=256)]
     """
     p = problem
-    width = p.batch * p.k.shape[2] * (p.k.shape[3] + p.v.shape[3])
-    needed, needing = sources(pattern, p.num_heads, world, p.key_lengths)
-    others = [rank for rank in range(world.size) if rank != world.rank]
-    comes = width * sum(row_count(world.keys[rank]) for rank in others if needed[rank]) * p.k.element_size()
-    back = width * sum(needing[rank] for rank in others) * row_count(world.keys[world.rank])
-    return Traffic(comes, comes + back * p.accumulate_dtype.itemsize)
+    row = p.batch * p.k.shape[2] * (p.k.shape[3] + p.v.shape[3])
+    steps = _steps(p, pattern, world)
+    comes = row * sum(step.needed.length for step in steps) * p.k.element_size()
+    back = row * sum(step.given.length for step in steps) * p.accumulate_dtype.itemsize
+    return Traffic(comes, comes + back)
+
+
+class _Returning(NamedTuple):
+    """Gradients of own rows on their way home."""
+
+    pending: Pending
+    received: Tensor
+    rows: Part
 
 
 class _Transfers:
     """The exchanges of one pass. Two buffers take turns: one is filled while the other is read."""
 
     def __init__(self, problem: Problem, pattern: Pattern, world: World) -> None:
-        self.problem_of_rank, self.world = problem, world
+        self.own, self.world = problem, world
         self.steps = _steps(problem, pattern, world)
         k, v = problem.k, problem.v
-        self.own = _packed(k, v) if any(step.receiver is not None for step in self.steps) else k.new_empty(0)
         self.row_size = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
-        longest = max((self._rows(step) for step in self.steps), default=0)
-        count = min(2, sum(step.source is not None for step in self.steps))
+        longest = max((step.needed.length for step in self.steps), default=0)
+        count = min(2, sum(bool(step.needed.slices) for step in self.steps))
         self.buffers = [k.new_empty(longest * self.row_size) for _ in range(count)]
         self.filled: dict[int, Tensor] = {}
         self.pending: dict[int, Pending] = {}
+        self.packed: dict[Positions, Tensor] = {}
 
     def fetch(self, number: int) -> None:
         """Start the exchange of keys and values of a step, if there is such a step."""
         if number >= len(self.steps):
             return
-        step, receives = self.steps[number], []
-        if step.source is not None:
+        step, sends, receives = self.steps[number], [], []
+        if step.needed.slices:
             turn = len(self.filled) % len(self.buffers)
-            self.filled[number] = self.buffers[turn][: self._rows(step) * self.row_size]
+            self.filled[number] = self.buffers[turn][: step.needed.length * self.row_size]
             receives = [(step.source, self.filled[number])]
-        sends = [] if step.receiver is None else [(step.receiver, self.own)]
+        if step.given.slices:
+            sends = [(step.receiver, self._rows_to_give(step.given))]
         self.pending[number] = start_exchange(self._group, sends, receives)
 
     def await_rows(self, number: int) -> None:
@@ -154,47 +165,51 @@ class _Transfers:
 
     def problem(self, number: int) -> Problem:
         """This rank's queries over the keys that came in a step."""
-        p, source = self.problem_of_rank, self.steps[number].source
-        assert source is not None
-        rows = row_count(self.world.keys[source])
-        shapes = [(p.batch, rows, *x.shape[2:]) for x in (p.k, p.v)]
-        sizes = [p.batch * rows * x.shape[2] * x.shape[3] for x in (p.k, p.v)]
-        k, v = (x.view(shape) for x, shape in zip(self.filled[number].split(sizes), shapes))
-        return replace(p, k=k, v=v, key_positions=self.world.keys[source])
+        p, came = self.own, self.steps[number].needed
+        shapes = [(p.batch, came.length, *x.shape[2:]) for x in (p.k, p.v)]
+        k, v = (x.view(s) for x, s in zip(self.filled[number].split([math.prod(s) for s in shapes]), shapes))
+        return replace(p, k=k, v=v, key_positions=came.positions)
 
-    def give_back(self, number: int, share: Tensor | None) -> tuple[Pending, Tensor]:
+    def give_back(self, number: int, share: Tensor | None) -> _Returning:
         """Start sending a step's gradients to where its rows came from, and receiving such for this rank's rows."""
-        p, step = self.problem_of_rank, self.steps[number]
-        sends = [(step.source, share)] if step.source is not None and share is not None else []
-        size = 0 if step.receiver is None else p.key_length * self.row_size
-        received = p.k.new_empty(size, dtype=p.accumulate_dtype)
-        receives = [] if step.receiver is None else [(step.receiver, received)]
-        return start_exchange(self._group, sends, receives), received
+        step = self.steps[number]
+        sends = [] if share is None else [(step.source, share)]
+        received = self.own.k.new_empty(step.given.length * self.row_size, dtype=self.own.accumulate_dtype)
+        receives = [(step.receiver, received)] if step.given.slices else []
+        return _Returning(start_exchange(self._group, sends, receives), received, step.given)
+
+    def _rows_to_give(self, given: Part) -> Tensor:
+        """The message that holds these rows; one for all ranks that want the same."""
+        if given.positions not in self.packed:
+            self.packed = {given.positions: _packed(self.own.k, self.own.v, given.slices)}
+        return self.packed[given.positions]
 
     @property
     def _group(self) -> dist.ProcessGroup:
         assert self.world.group is not None, "this world is only planned"
         return self.world.group
 
-    def _rows(self, step: _Step) -> int:
-        return 0 if step.source is None else row_count(self.world.keys[step.source])
+
+def _packed(k: Tensor, v: Tensor, rows: Sequence[slice]) -> Tensor:
+    """Some rows of keys and values in one flat tensor of its own: one message."""
+    chosen = (x[:, rows[0]] if len(rows) == 1 else torch.cat([x[:, cut] for cut in rows], 1) for x in (k, v))
+    return torch.cat([x.reshape(-1) for x in chosen])
 
 
-def _packed(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values in one flat tensor of its own: one message."""
-    return torch.cat((k.reshape(-1), v.reshape(-1)))
-
-
-def _add(own: Gradients, coming: tuple[Pending, Tensor] | None) -> None:
+def _add(own: Gradients, coming: _Returning | None) -> None:
     """Add what came of the gradients of this rank's rows."""
     if coming is None:
         return
-    pending, received = coming
-    pending.wait()
-    if received.numel() > 0:
-        dk, dv = received.split((own.k.numel(), own.v.numel()))
-        own.k.add_(dk.view(own.k.shape))
-        own.v.add_(dv.view(own.v.shape))
+    coming.pending.wait()
+    at = 0
+    for total in (own.k, own.v):
+        size = total[:, :1].numel() * coming.rows.length
+        share = coming.received[at : at + size].view(total.shape[0], coming.rows.length, *total.shape[2:])
+        first = 0
+        for cut in coming.rows.slices:
+            total[:, cut].add_(share[:, first : first + cut.stop - cut.start])
+            first += cut.stop - cut.start
+        at += size
 
 
 def _steps(problem: Problem, pattern: Pattern, world: World) -> Sequence[_Step]:
@@ -214,16 +229,11 @@ def _steps(problem: Problem, pattern: Pattern, world: World) -> Sequence[_Step]:
         if key in _cache:
             _cache.move_to_end(key)
             return _cache[key]
-    needed, needing = sources(pattern, problem.num_heads, world, problem.key_lengths)
+    needed, given = sources(pattern, problem.num_heads, world, problem.key_lengths)
     steps = []
     for distance in range(1, world.size):
         source, receiver = (world.rank - distance) % world.size, (world.rank + distance) % world.size
-        steps.append(
-            _Step(
-                source if needed[source] and world.queries[world.rank] else None,
-                receiver if needing[receiver] and world.keys[world.rank] else None,
-            )
-        )
+        steps.append(_Step(source, needed[source], receiver, given[receiver]))
     with _lock:
         _cache[key] = tuple(steps)
         while len(_cache) > _CACHE_SIZE:

@@ -1,13 +1,15 @@
-"""Whether rows may see anything of other rows: what is certain to be empty is neither sent nor computed."""
+"""Which rows may be seen from where: what is certain to be seen by none is neither sent nor computed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.parallel.layouts import joined, row_count
 from dilated_attention_pytorch.parallel.world import World
 from dilated_attention_pytorch.patterns import Pattern
 from dilated_attention_pytorch.patterns.base import Block
@@ -33,69 +35,107 @@ def sees(
         >>> sees(Causal(), 1, (Run(0, 1, 8),), (Run(8, 1, 8),)), sees(Causal(), 1, (Run(8, 1, 8),), (Run(0, 1, 8),))
         (False, True)
     """
-    return bool(_may_see(pattern, num_heads, [queries], [keys], key_lengths, PARTS)[0, 0])
+    q, k = (_Blocks.of(side, PARTS, _device(pattern)) for side in (queries, keys))
+    return bool(_may_see(pattern, num_heads, [q], [k], key_lengths)[0][0].any())
+
+
+class Part(NamedTuple):
+    """Some of a rank's rows: slices of its shard, and where they stand."""
+
+    slices: tuple[slice, ...] = ()
+    positions: Positions = ()
+
+    @property
+    def length(self) -> int:
+        """How many rows."""
+        return row_count(self.positions)
 
 
 def sources(
     pattern: Pattern, num_heads: int, world: World, key_lengths: Sequence[int] | None = None
-) -> tuple[list[bool], list[bool]]:
-    """By rank: whether this rank may see its keys, and whether its queries may see this rank's keys.
+) -> tuple[list[Part], list[Part]]:
+    """By rank: those of its keys that this rank's queries may see, and those of this rank's that its queries may see.
 
-    Every rank finds the same of the same pair of ranks.
+    Every rank finds the same of the same pair of ranks. Rows are judged in blocks, so a few more may be named.
 
     Example:
-        >>> from dilated_attention_pytorch import Causal
-        >>> rows = ((Run(0, 1, 8),), (Run(8, 1, 8),))
-        >>> sources(Causal(), 1, World(0, rows, rows))
-        ([True, False], [True, True])
+        >>> from dilated_attention_pytorch import Window
+        >>> rows = ((Run(0, 1, 64),), (Run(64, 1, 64),))
+        >>> needed, _ = sources(Window(9), 1, World(0, rows, rows))
+        >>> needed[1]
+        Part(slices=(slice(0, 8, None),), positions=(Run(start=64, step=1, length=8),))
     """
     runs = sum(map(len, (*world.queries, *world.keys)))
     parts = max(1, min(PARTS, MOST_BLOCKS // max(1, runs)))
-    mine = world.rank
-    seen = _may_see(pattern, num_heads, [world.queries[mine]], world.keys, key_lengths, parts)[0]
-    seeing = _may_see(pattern, num_heads, world.queries, [world.keys[mine]], key_lengths, parts)[:, 0]
-    return seen.tolist(), seeing.tolist()
+    mine, device = world.rank, _device(pattern)
+    queries, keys = ([_Blocks.of(side, parts, device) for side in ranks] for ranks in (world.queries, world.keys))
+    seen = _may_see(pattern, num_heads, [queries[mine]], keys, key_lengths)
+    seeing = _may_see(pattern, num_heads, queries, [keys[mine]], key_lengths)
+    return (
+        [blocks.part(found) for blocks, found in zip(keys, seen[0])],
+        [keys[mine].part(found) for (found,) in seeing],
+    )
+
+
+class _Blocks(NamedTuple):
+    """A rank's rows in blocks of a run."""
+
+    rows: tuple[tuple[int, Run], ...]  # the first row of each block in the shard, and where it stands
+    block: Block
+
+    @staticmethod
+    def of(positions: Positions, parts: int, device: torch.device) -> _Blocks:
+        rows, first = [], 0
+        for run in positions:
+            for at, length in _equal(run, parts):
+                rows.append((first + at, Run(run.start + run.step * at, run.step, length)))
+            first += run.length
+        low = [run.start for _, run in rows]
+        high = [run.start + run.step * (run.length - 1) for _, run in rows]
+        step = [run.step if run.length > 1 else 0 for _, run in rows]
+        numbers = (torch.tensor(x, dtype=torch.int64, device=device) for x in (low, high, step))
+        return _Blocks(tuple(rows), Block(*numbers))
+
+    def part(self, which: Tensor) -> Part:
+        """The rows of some blocks, neighbours joined."""
+        chosen = [self.rows[i] for i in which.nonzero().flatten().tolist()]
+        slices: list[slice] = []
+        for first, run in chosen:
+            follows = bool(slices) and slices[-1].stop == first
+            slices.append(slice(slices.pop().start if follows else first, first + run.length))
+        return Part(tuple(slices), joined(run for _, run in chosen))
 
 
 def _may_see(
     pattern: Pattern,
     num_heads: int,
-    queries: Sequence[Positions],
-    keys: Sequence[Positions],
+    queries: Sequence[_Blocks],
+    keys: Sequence[_Blocks],
     key_lengths: Sequence[int] | None,
-    parts: int,
-) -> Tensor:
-    """(ranks of queries, ranks of keys), bool."""
-    device = pattern.tables[0].device if pattern.tables else torch.device("cpu")
-    limit = None if key_lengths is None else max(key_lengths, default=0)
-    (q, q_owner), (k, k_owner) = (_blocks(side, parts, device) for side in (queries, keys))
-    found = torch.zeros(len(queries), len(keys), dtype=torch.bool)
-    if q.low.numel() == 0 or k.low.numel() == 0:
-        return found
-    head = torch.arange(num_heads if pattern.varies_by_head else 1, device=device).view(-1, 1, 1)
-    _, most = pattern.count_bounds(head, num_heads, Block(*(x.view(-1, 1) for x in q)), k)
-    may = torch.as_tensor(most, device=device) > 0
-    may = may.expand(torch.broadcast_shapes(may.shape, (q.low.numel(), k.low.numel())))
-    may = may.flatten(0, -3).any(0) if may.dim() > 2 else may
-    if limit is not None:
-        may = may & (k.low < limit)
-    at = may.nonzero().cpu()
-    found[q_owner[at[:, 0]], k_owner[at[:, 1]]] = True
-    return found
+) -> list[list[Tensor]]:
+    """For each rank of queries and each of keys: which of the latter's blocks may be seen."""
+    q, k = (_together(side) for side in (queries, keys))
+    device = q.low.device
+    may = torch.zeros(q.low.numel(), k.low.numel(), dtype=torch.bool, device=device)
+    if may.numel() > 0:
+        head = torch.arange(num_heads if pattern.varies_by_head else 1, device=device).view(-1, 1, 1)
+        _, most = pattern.count_bounds(head, num_heads, Block(*(x.view(-1, 1) for x in q)), k)
+        found = torch.as_tensor(most, device=device) > 0
+        found = found.expand(torch.broadcast_shapes(found.shape, may.shape))
+        may = found.flatten(0, -3).any(0) if found.dim() > 2 else found
+        if key_lengths is not None:
+            may = may & (k.low < max(key_lengths, default=0))
+    q_sizes, k_sizes = ([len(blocks.rows) for blocks in side] for side in (queries, keys))
+    rows = [part.any(0) for part in may.cpu().split(q_sizes)]
+    return [list(row.split(k_sizes)) for row in rows]
 
 
-def _blocks(ranks: Sequence[Positions], parts: int, device: torch.device) -> tuple[Block, Tensor]:
-    """The rows of ranks in blocks of a run, and the rank of each block."""
-    low, high, step, owner = [], [], [], []
-    for rank, positions in enumerate(ranks):
-        for run in positions:
-            for first, length in _equal(run, parts):
-                low.append(run.start + run.step * first)
-                high.append(run.start + run.step * (first + length - 1))
-                step.append(run.step if length > 1 else 0)
-                owner.append(rank)
-    numbers = (torch.tensor(x, dtype=torch.int64, device=device) for x in (low, high, step))
-    return Block(*numbers), torch.tensor(owner, dtype=torch.int64)
+def _device(pattern: Pattern) -> torch.device:
+    return pattern.tables[0].device if pattern.tables else torch.device("cpu")
+
+
+def _together(ranks: Sequence[_Blocks]) -> Block:
+    return Block(*(torch.cat(x) for x in zip(*(blocks.block for blocks in ranks))))
 
 
 def _equal(run: Run, parts: int) -> Iterator[tuple[int, int]]:
