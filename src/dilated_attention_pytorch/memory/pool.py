@@ -32,7 +32,7 @@ from dilated_attention_pytorch.memory.strategies import Arena, Bytes, Extent, Si
 from dilated_attention_pytorch.memory.workspace import is_poisoned, poisoned
 
 POOL_TYPES = ("default", "ring", "sparse", "distributed")
-COLD_SECONDS = 30.0  # a cold buffer that nobody took for so long is dropped
+COLD_SECONDS = 30.0  # a cold buffer is dropped so long after the pool learned of its return
 TRIM_SECONDS = 1.0  # between two looks at ages and at the system's free memory
 COLLECT_SECONDS = 10.0  # between two garbage collections that a full pool asks for
 LEAST_FREE = 0.1  # of a memory limit; with less, free buffers are dropped
@@ -185,27 +185,14 @@ class UnifiedMemoryPool:
 
     def trim(self) -> int:
         """Free buffers that are cold, too many, or in the way of other memory are dropped; gives the bytes."""
-        with self._lock:
-            if self._inside:
-                return 0
-            self._inside = True
-            try:
-                self._take_back()
-                return self._trim(time.monotonic())
-            finally:
-                self._inside = False
+        with self._at_work() as may:
+            return self._trim(time.monotonic()) if may else 0
 
     def clear(self) -> None:
         """Every allocation without a live buffer is given back to the system; live buffers stay as they are."""
-        with self._lock:
-            if self._inside:
-                return
-            self._inside = True
-            try:
-                self._take_back()
+        with self._at_work() as may:
+            if may:
                 self._drop(self._idle(), self._held)
-            finally:
-                self._inside = False
 
     def get_statistics(self) -> PoolStatistics:
         """Hits, misses, and bytes live, free and held, as of now."""
@@ -420,14 +407,30 @@ class UnifiedMemoryPool:
         return dropped
 
     def trim_after_collection(self) -> None:
-        """As `trim`, unless the pool is busy: this runs in the garbage collector, which must not wait."""
+        """As `trim`, unless the pool is busy or has just done so: the garbage collector must not wait."""
         if not self._lock.acquire(blocking=False):
             return
         try:
-            if not self._inside and time.monotonic() - self._trimmed > TRIM_SECONDS:
-                self.trim()
+            with self._at_work() as may:
+                now = time.monotonic()
+                if may and now - self._trimmed > TRIM_SECONDS:
+                    self._trim(now)
         finally:
             self._lock.release()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[bool]:
+        """Within it the pool is this thread's, with all that returned; False for a finalizer in its own work."""
+        with self._lock:
+            if self._inside:
+                yield False
+                return
+            self._inside = True
+            try:
+                self._take_back()
+                yield True
+            finally:
+                self._inside = False
 
 
 def _dims(shape: Sequence[int]) -> tuple[int, ...]:
