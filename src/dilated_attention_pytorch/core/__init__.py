@@ -8,6 +8,7 @@ from typing import Any
 
 _ATTENTION_UTILITIES = (
     "apply_rotary_embeddings",
+    "combine_masks",
     "compute_alibi_bias",
     "compute_attention_scores",
     "compute_rotary_embeddings",
@@ -58,6 +59,23 @@ _FACTORY = (
     "register_attention",
     "register_multihead_attention",
 )
+_LAYERS = (
+    "BlockSparseRingDilatedAttention",
+    "BlockSparseRingDistributedDilatedAttention",
+    "BlockSparseRingMultiheadDilatedAttention",
+    "DilatedAttention",
+    "DilatedTransformerDecoderLayer",
+    "DilatedTransformerEncoderLayer",
+    "DistributedMultiheadDilatedAttention",
+    "ImprovedDilatedAttention",
+    "ImprovedMultiheadDilatedAttention",
+    "LongNet",
+    "LongNetLM",
+    "MultiheadDilatedAttention",
+    "RingDilatedAttention",
+    "RingMultiheadDilatedAttention",
+    "SparsePatternConfig",
+)
 _MEMORY = (
     "MemoryPoolConfig",
     "UnifiedMemoryPool",
@@ -75,12 +93,13 @@ _WHERE = {
     **dict.fromkeys(_CONFIG, f"{__name__}.config"),
     **dict.fromkeys(_CONSTANTS, f"{__name__}.constants"),
     **dict.fromkeys(_FACTORY, f"{__name__}.factory"),
+    **dict.fromkeys(_LAYERS, f"{__name__}.layers"),
     **dict.fromkeys(_MEMORY, f"{_ROOM}.memory"),
     **dict.fromkeys(_PRESETS, f"{__name__}.presets"),
     "ValidationMixin": f"{__name__}.validation",
 }
 
-__all__ = sorted(_WHERE)  # noqa: PLE0605  (the table is the list)
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

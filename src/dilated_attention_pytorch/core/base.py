@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.core.config import DilatedAttentionConfig, MultiheadConfig
+from dilated_attention_pytorch.core.fields import one_of
 from dilated_attention_pytorch.core.validation import ValidationMixin
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.base import PatternAttention
@@ -153,9 +154,9 @@ class BaseMultiheadDilatedAttention(MultiheadPatternAttention, ValidationMixin):
     """Projections around attention of heads, made of two configs. Subclass it, and override what is to differ.
 
     ``_create_attention_module`` makes the attention of heads: a `PatternAttention`, such as a `BaseDilatedAttention`.
-    Projections start as MAGNETO's (arXiv 2210.06423, figure 2): gain ``gamma_init`` for values and output, 1 for queries
-    and keys (`reset_parameters`). Configs are kept as frozen copies. Where both configs name a device or a dtype it is
-    the same one; InvalidInput otherwise.
+    Projections start as MAGNETO's (arXiv 2210.06423, figure 2): gain ``gamma_init`` for values and output, 1 for
+    queries and keys (`reset_parameters`). Configs are kept as frozen copies. Where both configs name a device or a
+    dtype it is the same one; InvalidInput otherwise.
 
     Example:
         >>> import torch
@@ -163,6 +164,9 @@ class BaseMultiheadDilatedAttention(MultiheadPatternAttention, ValidationMixin):
         >>> BaseMultiheadDilatedAttention(MultiheadConfig(64, 4), branches)(torch.randn(2, 100, 64)).shape
         torch.Size([2, 100, 64])
     """
+
+    multihead_config: MultiheadConfig
+    attention_config: DilatedAttentionConfig
 
     def __init__(
         self,
@@ -220,10 +224,3 @@ class BaseMultiheadDilatedAttention(MultiheadPatternAttention, ValidationMixin):
                 f"key_padding_mask must have shape (B, Nk) = {tuple(key.shape[:2])}, got "
                 f"{tuple(key_padding_mask.shape)}"
             )
-
-
-def one_of(name: str, first: Value | None, second: Value | None) -> Value | None:
-    """The one that is given, of two configs. Raises InvalidInput where they differ."""
-    if first is not None and second is not None and first != second:
-        raise InvalidInput(f"multihead_config and attention_config have {name} {first} and {second}: give it in one")
-    return second if first is None else first

@@ -7,21 +7,26 @@ set, and fields that would change what is computed, and cannot, raise.
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from collections.abc import Mapping
-from dataclasses import FrozenInstanceError, dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 
+from dilated_attention_pytorch.core.fields import Config
 from dilated_attention_pytorch.core.names import nearest
-from dilated_attention_pytorch.core.validation import ValidationMixin
+from dilated_attention_pytorch.core.ranks import check_ranks, rank_of_world
 from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.memory import MemoryPoolConfig
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "DilatedAttentionConfig",
+    "DistributedConfig",
+    "MemoryPoolConfig",
+    "MultiheadConfig",
+    "RingAttentionConfig",
+    "SparseAttentionConfig",
+]
 
 PATTERN_TYPES = ("dilated_sparse", "local_window", "global_local", "axial", "random", "learned", "hybrid")
 """What `SparseAttentionConfig.pattern_type` may be."""
@@ -33,96 +38,8 @@ KEPT_AND_DROPPED = (
 SHARE_KEPT = 0.25
 """`SparseAttentionConfig.sparsity_ratio`, unless given."""
 
-AnyConfig = TypeVar("AnyConfig", bound="Config")
-
-
-class Config(ValidationMixin):
-    """What all configs share: a fixed list of fields, frozen copies, dicts and JSON."""
-
-    ADVICE: ClassVar[Mapping[str, str]] = {}
-    """Fields that advise only, and who decides instead."""
-    _is_frozen = False
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if self._is_frozen:
-            raise FrozenInstanceError(f"cannot set {name}: a layer uses this copy; change a copy made by replace()")
-        known = [f.name for f in fields(self)]  # type: ignore[arg-type]  # each subclass is a dataclass
-        if name not in known:
-            raise AttributeError(f"{type(self).__name__} has no field {name!r}{nearest(name, known)}")
-        super().__setattr__(name, value)
-
-    def frozen(self: AnyConfig) -> AnyConfig:
-        """A copy for use: checked anew, and it cannot be changed; a frozen config is its own copy.
-
-        Warns of fields that were set and can only advise. Raises InvalidInput for what cannot be had here and now.
-        """
-        if self._is_frozen:
-            return self
-        copy = replace(self)  # type: ignore[type-var]
-        for field in fields(copy):  # type: ignore[arg-type]
-            if field.name in self.ADVICE and getattr(copy, field.name) != field.default:
-                value = getattr(copy, field.name)
-                logger.warning(
-                    "%s: %s=%r changes no result: %s", type(self).__name__, field.name, value, self.ADVICE[field.name]
-                )
-        copy._check_use()
-        object.__setattr__(copy, "_is_frozen", True)
-        return copy
-
-    def _check_use(self) -> None:
-        """Raise InvalidInput for what cannot be had in this process."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as values that JSON can hold."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_dict(cls: type[AnyConfig], values: Mapping[str, Any]) -> AnyConfig:
-        """The config that `to_dict` wrote; fields left out have their defaults. InvalidInput for unknown ones.
-
-        Example:
-            >>> config = DilatedAttentionConfig([2048, 4096], [1, 2], dtype=torch.float16)
-            >>> DilatedAttentionConfig.from_dict(config.to_dict()) == config
-            True
-        """
-        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        for name in values:
-            if name not in known:
-                raise InvalidInput(f"{cls.__name__} has no field {name!r}{nearest(str(name), known)}")
-        needed = {f.name for f in fields(cls) if _is_required(f)}  # type: ignore[arg-type]
-        if needed - set(values):
-            raise InvalidInput(f"{cls.__name__} needs the fields {sorted(needed - set(values))}")
-        return cls(**values)
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls: type[AnyConfig], text: str) -> AnyConfig:
-        """The config that `to_json` wrote. Raises InvalidInput for a text that is no JSON object of its fields."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise InvalidInput(f"{cls.__name__}: this is no JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise InvalidInput(f"{cls.__name__}: expected a JSON object. Got {type(values).__name__}.")
-        return cls.from_dict(values)
-
-    def _place(self) -> None:
-        """``device`` as a torch.device and ``dtype`` as a torch.dtype, from their names too; None stays None."""
-        self.device, self.dtype = as_device(self.device), as_dtype(self.dtype)  # type: ignore[has-type]
-
-    def _check_counts(self, *names: str, least: int = 1) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidInput(f"{name} must be an int of at least {least}, got {value!r}")
-
-    def _check_flags(self, *names: str) -> None:
-        for name in names:
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidInput(f"{name} must be True or False, got {getattr(self, name)!r}")
+SHARES_BOUND = (0.1, 0.9)
+"""`SparseAttentionConfig.min_sparsity` and ``max_sparsity``, unless given."""
 
 
 @dataclass
@@ -263,10 +180,10 @@ class SparseAttentionConfig(DilatedAttentionConfig):
     the table (`PATTERN_TYPES`): "axial" needs the option ``grid``, "random" gives each head links of its own, "hybrid"
     joins "global_local" and "random", "learned" chooses by a `Gate` that `distil` trains.
 
-    With ``enable_adaptive``, and where it is learned, blocks are chosen from the queries and keys of each call: the share
-    that ``density`` or a ``sparsity_ratio`` other than the default says, or else as many as hold 95 % of the estimated
-    attention, but at least ``min_sparsity`` and at most ``max_sparsity`` of the visible ones: shares kept, as
-    sparsity_ratio is here.
+    With ``enable_adaptive``, and where it is learned, blocks are chosen from the queries and keys of each call: the
+    share that ``density`` or a ``sparsity_ratio`` other than the default says, or else as many as hold 95 % of the
+    estimated attention, but at least ``min_sparsity`` and at most ``max_sparsity`` of the visible ones: shares kept,
+    as sparsity_ratio is here.
 
     Blocks take the place of segments: ``dilation_rates`` are those of "dilated_sparse", and segment lengths are
     checked but cut nothing (they did not in 0.2).
@@ -276,8 +193,8 @@ class SparseAttentionConfig(DilatedAttentionConfig):
     sparsity_ratio: float = SHARE_KEPT
     block_size: int = 128
     enable_adaptive: bool = False
-    min_sparsity: float = 0.1
-    max_sparsity: float = 0.9
+    min_sparsity: float = SHARES_BOUND[0]
+    max_sparsity: float = SHARES_BOUND[1]
     density: float | None = None
 
     def __post_init__(self) -> None:
@@ -300,6 +217,20 @@ class SparseAttentionConfig(DilatedAttentionConfig):
         if self.min_sparsity >= self.max_sparsity:
             raise InvalidInput(
                 f"min_sparsity ({self.min_sparsity}) must be less than max_sparsity ({self.max_sparsity})"
+            )
+
+    def _check_use(self) -> None:
+        super()._check_use()
+        if self.is_adaptive:
+            if self.pattern_type not in ("dilated_sparse", "learned"):
+                raise InvalidInput(
+                    f"enable_adaptive chooses from the data, and pattern_type={self.pattern_type!r} is a fixed table: "
+                    "leave one out"
+                )
+        elif (self.min_sparsity, self.max_sparsity) != SHARES_BOUND:
+            raise InvalidInput(
+                "min_sparsity and max_sparsity bound what is chosen from the data: add enable_adaptive=True, or say "
+                "the share kept by density="
             )
 
     @property
@@ -375,8 +306,10 @@ class DistributedConfig(Config):
                 "torch.distributed.fsdp.fully_shard, or train with --parallel fsdp"
             )
         check_ranks("world_size", self.world_size)
-        if self.rank is not None and self.rank != _ranks()[0]:
-            raise InvalidInput(f"rank={self.rank}: this process is rank {_ranks()[0]}; leave rank out, it is found")
+        if self.rank is not None and self.rank != rank_of_world()[0]:
+            raise InvalidInput(
+                f"rank={self.rank}: this process is rank {rank_of_world()[0]}; leave rank out, it is found"
+            )
 
     def train_settings(self) -> dict[str, Any]:
         """The fields of `TrainingSettings` that ask for this. Raises InvalidInput for what `train` does not offer.
@@ -409,65 +342,3 @@ def check_share(name: str, value: float) -> None:
     """Raise InvalidInput unless ``value`` is a share in (0, 1]; the text tells what is kept and what is dropped."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
         raise InvalidInput(f"{name} must be in (0, 1], got {value!r} ({KEPT_AND_DROPPED})")
-
-
-def check_ranks(name: str, size: int | None) -> None:
-    """Raise InvalidInput unless the default process group has ``size`` ranks; one process without it, None any."""
-    if size is not None and size != _ranks()[1]:
-        raise InvalidInput(
-            f"{name}={size}: this process is one of {_ranks()[1]}; start as many with torchrun and call "
-            "torch.distributed.init_process_group first, or leave it out"
-        )
-
-
-def world_size() -> int:
-    """The ranks of the default process group, 1 without one. InvalidInput where torchrun started more than joined."""
-    size = _ranks()[1]
-    if not (dist.is_available() and dist.is_initialized()) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InvalidInput(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes and they have no process group yet: call "
-            "torch.distributed.init_process_group before layers over several ranks are made"
-        )
-    return size
-
-
-def _ranks() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def as_device(value: Any) -> torch.device | None:
-    """A device from its name too; None stays None. Raises InvalidInput for anything else."""
-    if value is None or isinstance(value, torch.device):
-        return value
-    try:
-        return torch.device(value)
-    except (RuntimeError, TypeError) as error:
-        raise InvalidInput(f"device must be a torch.device, its name, or None, got {value!r}") from error
-
-
-def as_dtype(value: Any) -> torch.dtype | None:
-    """A floating dtype from its name too; None stays None. Raises InvalidInput for anything else."""
-    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if (
-        found is not None
-        and not (isinstance(found, torch.dtype) and found.is_floating_point)
-        or (found is None and value is not None)
-    ):
-        raise InvalidInput(f"dtype must be a floating torch.dtype, its name, or None, got {value!r}")
-    return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    if isinstance(value, torch.device):
-        return str(value)
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-
-
-def _is_required(field: Any) -> bool:
-    from dataclasses import MISSING
-
-    return field.default is MISSING and field.default_factory is MISSING

@@ -105,7 +105,7 @@ got 3 and 2
     ) -> None:
         """``mask`` is None, (Nq, Nk), or (B or 1, H or 1, Nq, Nk), boolean or float; Nk is Nq unless given.
 
-        A mask over pairs of 0.2's layers: `F.scaled_dot_product_attention`'s meaning, True takes part, floats are added.
+        A mask over pairs, read as `F.scaled_dot_product_attention` does: True takes part, floats are added.
         """
         if mask is None:
             return
