@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dilated_attention_pytorch.parallel import context, gather, ring, runs
 from dilated_attention_pytorch.parallel.layouts import Layout
-from dilated_attention_pytorch.problem import Problem
+from dilated_attention_pytorch.problem import Problem, Run
 from parallel.transports import StrictTransport, strict_transport
 from parallel.world_contract import MOST_GROWTH, Trial, ask, attempt, cases, errors, half_type_errors
 from parallel.worlds import run_world
@@ -61,16 +61,17 @@ def padding_of_others_seen(real, problem, *rest):
 
 
 def mask_repeated_on_every_hop(real, problem, *rest):
-    return real(replace(problem, key_positions=problem.query_positions), *rest)
+    first = problem.query_positions[0].start
+    return real(replace(problem, key_positions=(Run(first, 1, problem.key_length),)), *rest)
 
 
 def lse_gradient_dropped(real, problem, pattern, dout, dlse, *rest):
     return real(problem, pattern, dout, None, *rest)
 
 
-def no_sources(real, pattern, num_heads, world, key_lengths):
-    nobody = [rank == world.rank for rank in range(world.size)]
-    return nobody, nobody
+def steps_left_out(real, problem, *rest):
+    out, lse = real(problem, *rest)
+    return (out, lse) if is_own(problem) else (torch.zeros_like(out), torch.full_like(lse, -torch.inf))
 
 
 def own_padding_only(real, group, mask, positions):
@@ -114,7 +115,7 @@ WRONG = {
     "padding of others seen": (lambda: around(ring, "partial_forward", padding_of_others_seen), Trial("padded")),
     "mask repeated": (lambda: around(ring, "partial_forward", mask_repeated_on_every_hop), CAUSAL),
     "lse gradient dropped": (lambda: around(ring, "partial_backward", lse_gradient_dropped), FULL),
-    "steps left out": (lambda: around(ring, "sources", no_sources), FULL),
+    "steps left out": (lambda: around(ring, "partial_forward", steps_left_out), FULL),
     "padding counted on one rank": (lambda: around(context, "agree_on_padding", own_padding_only), Trial("padded")),
     "chunks of a zigzag off by one": (
         lambda: around(Layout, "_chunk", lambda real, self, n, chunks: real(self, (n + 1) % chunks, chunks)),
@@ -136,12 +137,10 @@ def _found_wrong(problems):
         wrong = change()
         tampered = wrong if isinstance(wrong, Tampered) else None
         with strict_transport(tampered), nullcontext() if tampered else wrong:
-            ring._cache.clear()
             found = attempt(problems[trial.case], trial)
             assert not isinstance(found, str), found
             told = errors(problems[trial.case], trial.layout, found)
             largest.append(max(float("inf") if error != error else error for error in told.values()))
-    ring._cache.clear()
     return largest
 
 
