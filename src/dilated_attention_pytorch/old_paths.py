@@ -49,7 +49,7 @@ _UTILITIES = _at(
     "split_attention_heads",
     "standard_attention",
 )
-_BLOCKS = _at("core.layers", "SparsePatternConfig") | _at(
+_BLOCKS = _at("core", "SparsePatternConfig") | _at(
     "patterns",
     "BlockSparse",
     "axial",
@@ -74,38 +74,37 @@ _POOL = _at(
 TABLE: Mapping[str, OldPath] = MappingProxyType(
     {
         "dilated_attention": OldPath(
-            _at("nn", "DilatedAttention", "MultiheadDilatedAttention")
-            | _at("core.factory", "create_dilated_attention"),
+            _at("nn", "DilatedAttention", "MultiheadDilatedAttention") | _at("core", "create_dilated_attention"),
             True,
         ),
         "multihead_dilated_attention": OldPath(
-            _at("nn", "MultiheadDilatedAttention") | _at("core.factory", "create_multihead_dilated_attention"), True
+            _at("nn", "MultiheadDilatedAttention") | _at("core", "create_multihead_dilated_attention"), True
         ),
-        "improved_dilated_attention": OldPath(_at("core.layers", "ImprovedDilatedAttention"), True),
-        "improved_multihead_dilated_attention": OldPath(_at("core.layers", "ImprovedMultiheadDilatedAttention"), True),
-        "ring_dilated_attention": OldPath(_at("core.layers", "RingDilatedAttention"), True),
-        "ring_multihead_dilated_attention": OldPath(_at("core.layers", "RingMultiheadDilatedAttention"), True),
+        "improved_dilated_attention": OldPath(_at("core", "ImprovedDilatedAttention"), True),
+        "improved_multihead_dilated_attention": OldPath(_at("core", "ImprovedMultiheadDilatedAttention"), True),
+        "ring_dilated_attention": OldPath(_at("core", "RingDilatedAttention"), True),
+        "ring_multihead_dilated_attention": OldPath(_at("core", "RingMultiheadDilatedAttention"), True),
         "ring_distributed_dilated_attention": OldPath(
-            _at("core.layers", RingDistributedDilatedAttention="RingMultiheadDilatedAttention"), True
+            _at("core", RingDistributedDilatedAttention="RingMultiheadDilatedAttention"), True
         ),
         "improved_distributed_dilated_attention": OldPath(
             _at(
-                "core.layers",
+                "core",
                 DistributedImprovedDilatedAttention="RingDilatedAttention",
                 DistributedImprovedMultiheadDilatedAttention="RingMultiheadDilatedAttention",
             ),
             True,
         ),
-        "distributed_dilated_attention": OldPath(_at("core.layers", "DistributedMultiheadDilatedAttention"), True),
+        "distributed_dilated_attention": OldPath(_at("core", "DistributedMultiheadDilatedAttention"), True),
         "block_sparse_ring_dilated_attention": OldPath(
-            _at("core.layers", "BlockSparseRingDilatedAttention", "SparsePatternConfig"), True
+            _at("core", "BlockSparseRingDilatedAttention", "SparsePatternConfig"), True
         ),
         "block_sparse_ring_multihead_dilated_attention": OldPath(
-            _at("core.layers", "BlockSparseRingMultiheadDilatedAttention", "SparsePatternConfig"), True
+            _at("core", "BlockSparseRingMultiheadDilatedAttention", "SparsePatternConfig"), True
         ),
         "block_sparse_ring_distributed_dilated_attention": OldPath(
             _at(
-                "core.layers",
+                "core",
                 "BlockSparseRingDistributedDilatedAttention",
                 DistributedSparseConfig="SparsePatternConfig",
             ),
@@ -118,7 +117,7 @@ TABLE: Mapping[str, OldPath] = MappingProxyType(
         "utils": OldPath({}, False),
         "utils.attention_utils": OldPath(_UTILITIES, False),
         "utils.sparse_pattern_utils": OldPath(_BLOCKS, False),
-        "utils.validation": OldPath(_at("core.validation", "ValidationMixin"), False),
+        "utils.validation": OldPath(_at("core", "ValidationMixin"), False),
     }
 )
 """Old path, below the package, to what it offered."""
