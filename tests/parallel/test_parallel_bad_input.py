@@ -140,6 +140,8 @@ def test_names_that_are_none():
         context_parallel_attend(q, k, v, Full(), method="rong")
     with pytest.raises(InvalidInput, match="backend"):
         context_parallel_attend(q, k, v, Full(), backend="dance")
+    with pytest.raises(TypeError, match="bias"):  # it would be as large as all logits, on every rank
+        context_parallel_attend(q, k, v, Full(), bias=torch.zeros(LENGTH, LENGTH))
 
 
 def _both_group_and_mesh():
