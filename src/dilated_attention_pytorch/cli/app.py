@@ -13,6 +13,7 @@ from dilated_attention_pytorch.cli.evaluate import evaluate
 from dilated_attention_pytorch.cli.explain import explain
 from dilated_attention_pytorch.cli.generate import generate
 from dilated_attention_pytorch.cli.info import info
+from dilated_attention_pytorch.cli.memory import memory
 from dilated_attention_pytorch.cli.train import train
 from dilated_attention_pytorch.cli.tune import tune
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
@@ -54,5 +55,5 @@ def options(
     show_log(log_level)
 
 
-for command in (train, evaluate, generate, info, explain, estimate, tune, bench):
+for command in (train, evaluate, generate, info, explain, estimate, memory, tune, bench):
     app.command()(command)

@@ -221,7 +221,7 @@ class UnifiedMemoryPool:
             if not self._inside:
                 self._take_back()
             now, spans = time.monotonic(), {arena: list[Span]() for arena in self._arenas}
-            free = [extent for shelf in self._shelves.values() for extent in shelf.free()]
+            free = [extent for shelf in list(self._shelves.values()) for extent in shelf.free()]
             live = list(self._live)
             for extents, is_live in ((free, False), (live, True)):
                 for extent in extents:
@@ -370,7 +370,7 @@ class UnifiedMemoryPool:
         return sorted(idle, key=lambda arena: ((arena.place[0], arena.size) in hot, arena.used_at))
 
     def _hot(self) -> set[tuple[str, int]]:
-        often = [x for x in self._requests.values() if x.uses >= self.config.hot_cache_threshold]
+        often = [x for x in list(self._requests.values()) if x.uses >= self.config.hot_cache_threshold]
         often.sort(key=lambda request: -request.uses)
         return {(x.place[0], x.size) for x in often[: self.config.hot_cache_size]}
 
@@ -387,7 +387,7 @@ class UnifiedMemoryPool:
             dropped += self._drop([arena for arena in idle if arena in self._arenas], wanted)
         if now - self._decayed > COLD_SECONDS:  # what was hot long ago becomes cold
             self._decayed = now
-            for request in self._requests.values():
+            for request in list(self._requests.values()):
                 request.uses //= 2
         return dropped
 

@@ -81,11 +81,11 @@ class SizeClasses:
         return None
 
     def forget(self, arenas: Collection[Arena]) -> None:
-        for extents in self._by_size.values():
+        for extents in list(self._by_size.values()):
             extents[:] = [extent for extent in extents if extent.arena not in arenas]
 
     def free(self) -> Iterator[Extent]:
-        for extents in self._by_size.values():
+        for extents in list(self._by_size.values()):  # a finalizer's request may add a size meanwhile
             yield from extents
 
 
@@ -108,7 +108,7 @@ class Slices(SizeClasses):
         return part
 
     def _part(self, size: int) -> Extent | None:
-        fitting = [n for n, free in self._by_size.items() if free and size < n <= MOST_CARVED * size]
+        fitting = [n for n, free in list(self._by_size.items()) if free and size < n <= MOST_CARVED * size]
         if not fitting:
             return None
         whole = self._by_size[min(fitting)].pop()

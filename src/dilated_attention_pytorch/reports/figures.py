@@ -85,3 +85,24 @@ def line_figure(
             axes.minorticks_off()
         if len(curves) > 1:
             axes.legend(frameon=False, labelcolor=SOFT)
+
+
+def span_figure(
+    path: Path, title: str, x_label: str, rows: Sequence[tuple[str, Sequence[tuple[float, float, str]]]]
+) -> None:
+    """A PNG in `path` with one bar per row (name, spans), made of spans (start, length, kind); a legend of the kinds.
+
+    Raises InvalidInput when matplotlib is not installed.
+    """
+    kinds = list(dict.fromkeys(kind for _, spans in rows for *_, kind in spans))
+    colours = dict(zip(kinds, COLOURS))
+    with _figure(path, title, x_label, "") as axes:
+        for y, (_, spans) in enumerate(rows):
+            for kind in kinds:
+                bars = [(start, length) for start, length, which in spans if which == kind]
+                axes.broken_barh(bars, (y - 0.4, 0.8), color=colours[kind])
+        for kind in kinds:
+            axes.broken_barh([], (0, 0), color=colours[kind], label=kind)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.invert_yaxis()
+        axes.legend(frameon=False, labelcolor=SOFT)
