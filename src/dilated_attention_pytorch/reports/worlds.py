@@ -50,8 +50,8 @@ def work_shares(pattern: Pattern, layout: Layout, num_heads: int = 1) -> list[fl
 def keys_of_rank(pattern: Pattern, layout: Layout, rank: int, method: str, num_heads: int) -> Tensor:
     """Which keys a rank holds at some time: ABSENT, OWN (before anything is sent) or ARRIVES, (H, N).
 
-    "ring" brings every rank's keys on which some pair of its step depends, "gather" the keys that the rank's own
-    queries see, "all_to_all" those of the heads that the rank computes.
+    "ring" brings all keys of a rank of which anything is seen (it leaves out blocks of large shards), "gather" the keys
+    that the rank's own queries see, "all_to_all" those of the heads that the rank computes.
     """
     own = ranks_of_rows(layout) == rank
     seen = pattern.to_mask(num_heads, layout.length)[:, own].any(1)  # (H, N)
