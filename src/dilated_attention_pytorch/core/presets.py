@@ -160,7 +160,7 @@ def suggest_branches(
     Example:
         >>> facts = suggest_branches(4096, flop_budget_per_token=2e6, num_heads=8, head_dim=32)
         >>> facts.segment_lengths, facts.dilation_rates, facts.flops_per_token <= 2e6, facts.reach
-        ((1024, 4096), (1, 2), True, 2)
+        ((1024, 2048, 4096), (1, 2, 4), True, 2)
     """
     config: dict[str, Any] = {"tokens": max_tokens, "num_heads": num_heads, "head_dim": head_dim}
     describe_branches((1,), (1,), **config)  # checks the numbers
@@ -182,7 +182,7 @@ def suggest_branches(
             f"{head_dim} and segments of {LEAST_SEGMENT} tokens cost: {cheapest:.4g}"
         )
     found = [describe_branches(*branches, **config) for branches in candidates]
-    return min(found, key=lambda facts: (facts.reach or float("inf"), -facts.coverage))
+    return min(found, key=lambda facts: (float("inf") if facts.reach is None else facts.reach, -facts.coverage))
 
 
 def preset_table(num_heads: int = 12, head_dim: int = 64) -> str:
@@ -238,7 +238,7 @@ def _meetings(
     branches: tuple[Branch, ...] = pattern.branches() or ()
     found = []
     for branch in branches:
-        width, rate = min(branch.segment_length, tokens), branch.dilation_rate
+        width, rate = min(branch.segment_length or tokens, tokens), branch.dilation_rate
         heads = np.array([int(branch.offset(head, num_heads)) for head in range(num_heads)])
         place = places % width % rate
         group = places // width * rate + place
