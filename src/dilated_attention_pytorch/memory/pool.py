@@ -42,13 +42,14 @@ MOST_REQUESTS = 1024  # remembered forms of requests
 class _Request:
     """A request understood, on one NUMA node: what it needs, and how often it came."""
 
-    __slots__ = ("array_dtype", "dtype", "free", "nbytes", "place", "shape", "shelf", "size", "uses")
+    __slots__ = ("array_dtype", "dtype", "free", "nbytes", "place", "shape", "shelf", "size", "sizes", "uses")
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, place: tuple[str, int], shelf: Strategy) -> None:
         self.shape, self.dtype, self.place, self.shelf, self.uses = shape, dtype, place, shelf, 0
         self.nbytes = math.prod(shape) * dtype.itemsize
         self.size = shelf.size_of(self.nbytes)
         self.free = shelf.of_size(self.size)
+        self.sizes: tuple[Any, ...] = shape or ((),)  # arguments of resize_, which is faster without a tuple
         try:
             self.array_dtype: Any = torch.empty(0, dtype=dtype).numpy().dtype
         except TypeError:  # NumPy has no such type, as bfloat16
@@ -151,7 +152,7 @@ class UnifiedMemoryPool:
             if owner is None:
                 return poisoned(torch.empty(request.shape, dtype=dtype, device="cpu"))
         if request.array_dtype is None:
-            x = torch.frombuffer(owner, dtype=dtype).resize_(request.shape)
+            x = torch.frombuffer(owner, dtype=dtype).resize_(*request.sizes)
         else:
             x = torch.from_numpy(owner)
         return poisoned(x) if is_poisoned() else x
