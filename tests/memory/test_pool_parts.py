@@ -1,6 +1,8 @@
 """What a pool is made of: its config, strategies, the machine's nodes and limits, and snapshots."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.memory import MemoryPoolConfig, PoolSnapshot, UnifiedMemoryPool
+from dilated_attention_pytorch.memory import (
+    MemoryPoolConfig,
+    PoolSnapshot,
+    UnifiedMemoryPool,
+    reset_global_memory_pool,
+)
 from dilated_attention_pytorch.memory.placement import Topology, machine_topology, node_finder
 from dilated_attention_pytorch.memory.pressure import Room, memory_room
 from dilated_attention_pytorch.memory.strategies import MOST_CARVED, SMALLEST, Arena, Extent, SizeClasses, Slices
@@ -170,3 +177,21 @@ def test_snapshots_go_to_a_file_and_back(tmp_path):
             PoolSnapshot.load(tmp_path / "other.json")
     with pytest.raises(InvalidInput, match="No such file"):
         PoolSnapshot.load(tmp_path / "absent.json")
+
+
+def test_the_page_runs_and_names_every_option(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs/memory.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    reset_global_memory_pool()
+    try:
+        names = {"print": lambda *_: None}
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(compile(block, "memory.md", "exec"), names)
+        assert names["y"].shape == (0,)
+        assert names["get_memory_pool_info"]()["live_buffers"] == 0
+        keys = set(names["get_memory_pool_info"]())
+    finally:
+        reset_global_memory_pool()
+    defaults = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.MULTILINE))
+    assert defaults == {name: str(value) for name, value in MemoryPoolConfig().to_dict().items()}
+    assert keys == {key for key in keys if f"`{key}`" in text}
