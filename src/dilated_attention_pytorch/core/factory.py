@@ -75,7 +75,7 @@ _HEADS = {"softmax_scale", "score", "op"}
 _PROJECTED = {"num_kv_heads", "position", "op"}
 _DILATED = {"context_parallel", "head_groups", "head_offset"}
 _TABLE = {"context_parallel", "global_blocks", "grid", "max_length", "per_head", "seed"}
-_CHOSEN = {"coarse", "keep", "max_length"}
+_CHOSEN = {"coarse", "context_parallel", "keep", "max_length"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def create_multihead_dilated_attention(
 ) -> nn.Module:
     """A layer for embeddings (B, N, E), with projections; ``attention_type`` is another name of ``kind``.
 
-    ``options`` are the fields of `MultiheadConfig` and of the kind's config, unless these are given, those of the layer
+    ``options`` are the fields of `MultiheadConfig` and of the kind's config, unless these are given (``sparsity_ratio``
+    is the share kept here, as in `SparseAttentionConfig`; ``density`` is it everywhere), those of the layer
     (``position``, ``num_kv_heads``, ``op``, ``head_groups``, ``context_parallel``, ...) and ``distributed_config``.
     What is said twice has to be the same; with ``multihead_config`` leave the sizes out. Otherwise as
     `create_dilated_attention`.
@@ -315,18 +316,19 @@ def _find(
     words = {f.name: options.pop(f.name) for f in fields(maker.config) if f.name in options}
     branches = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
     words |= {name: value for name, value in branches.items() if value is not None}
-    found = _Found(caller, kind, maker, _make_config(caller, kind, maker.config, config, words).frozen(), options)
+    found = _Found(caller, kind, maker, _make_config(caller, kind, maker, config, words).frozen(), options)
     if distributed is not None:
         _check_distributed(caller, kind, maker, distributed)
     return found
 
 
 def _one_name(caller: str, kind: str, attention_type: str | None) -> str:
-    if attention_type is None:
-        return kind
-    if kind not in ("auto", attention_type):
+    if attention_type is not None and kind not in ("auto", attention_type):
         raise InvalidInput(f"{caller}: kind {kind!r} and attention_type {attention_type!r} are one option")
-    return attention_type
+    name = kind if attention_type is None else attention_type
+    if not isinstance(name, str):
+        raise InvalidInput(f"{caller}: the kind comes first, such as 'auto'. Got {name!r}; name what follows it")
+    return name
 
 
 def _choose(caller: str, config: DilatedAttentionConfig | None, options: dict[str, Any]) -> str:
@@ -347,16 +349,17 @@ def _choose(caller: str, config: DilatedAttentionConfig | None, options: dict[st
 def _make_config(
     caller: str,
     kind: str,
-    wanted: type[DilatedAttentionConfig],
+    maker: _Kind | _Own,
     config: DilatedAttentionConfig | None,
     words: dict[str, Any],
 ) -> DilatedAttentionConfig:
+    wanted = maker.config
     if config is None:
         return wanted(**{"segment_lengths": DEFAULT_SEGMENT_LENGTHS, "dilation_rates": DEFAULT_DILATION_RATES, **words})
     if type(config) is DilatedAttentionConfig:
         _check_agree(caller, "attention_config", config, words)
         return wanted(**{**{f.name: getattr(config, f.name) for f in fields(config)}, **words})
-    if not isinstance(config, wanted):
+    if type(config) is not wanted and not (isinstance(maker, _Own) and isinstance(config, wanted)):
         raise InvalidInput(
             f"{caller}: kind {kind!r} is made of a {wanted.__name__}. Got {type(config).__name__}; take the kind that "
             "this config is for, or 'auto'"
