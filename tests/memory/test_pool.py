@@ -33,6 +33,13 @@ from dilated_attention_pytorch.memory.trial import describe_trial, seconds_per_h
 SHAPE = (64, 8)
 
 
+@pytest.fixture(autouse=True)
+def _quick_collections():
+    gc.freeze()  # what was there before the test is not looked through
+    yield
+    gc.unfreeze()
+
+
 def make(strategy=None, **options):
     room = options.pop("room", lambda: None)
     topology, cpu = options.pop("topology", Topology({})), options.pop("current_cpu", None)
@@ -385,6 +392,20 @@ def test_a_collection_trims(clock):
     clock.now += 31
     gc.collect(0)
     assert pool.get_statistics().bytes_held > 0
+    gc.collect()
+    assert pool.get_statistics().bytes_held == 0
+
+
+def test_a_collection_does_not_disturb_a_snapshot(clock, monkeypatch):
+    pool, original = make(SizeClasses), pool_module.Span
+    kept = [pool.get_buffer((1000 * n,)) for n in range(1, 9)]
+    kept.clear()
+    pool.trim()
+    clock.now += 31
+    monkeypatch.setattr(pool_module, "Span", lambda *values: (gc.collect(), original(*values))[1])
+    found = pool.snapshot()
+    assert sum(a.size for a in found.allocations) == found.statistics.bytes_held > 0
+    assert all(len(a.spans) == 1 for a in found.allocations)
     gc.collect()
     assert pool.get_statistics().bytes_held == 0
 

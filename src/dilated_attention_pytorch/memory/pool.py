@@ -218,17 +218,15 @@ class UnifiedMemoryPool:
 
     def snapshot(self) -> PoolSnapshot:
         """What the pool holds now: statistics, and each allocation with its live and free spans."""
-        with self._lock:
-            if not self._inside:
-                self._take_back()
-            now, spans = time.monotonic(), {arena: list[Span]() for arena in self._arenas}
+        with self._at_work():  # a collection meanwhile must not trim
+            now, spans = time.monotonic(), {arena: list[Span]() for arena in list(self._arenas)}
             free = [extent for shelf in list(self._shelves.values()) for extent in shelf.free()]
             live = list(self._live)
             for extents, is_live in ((free, False), (live, True)):
                 for extent in extents:
                     span = Span(extent.start, extent.size, extent.nbytes if is_live else 0)
                     spans[extent.arena].append(span)
-            idle = sum(arena.size for arena in self._arenas if not arena.taken)
+            idle = sum(arena.size for arena in spans if not arena.taken)
             bytes_live = sum(extent.nbytes for extent in live)
             counted = self.config.enable_statistics
             statistics = PoolStatistics(
@@ -288,7 +286,7 @@ class UnifiedMemoryPool:
         place = pool_type, node
         shelf = self._shelves.get(place)
         if shelf is None:
-            shelf = self._shelves[place] = self._strategy()
+            shelf = self._shelves.setdefault(place, self._strategy())
         return shelf
 
     def _lease(self, request: _Request) -> Bytes | None:
