@@ -125,6 +125,21 @@ def test_equal_steps_are_closed_up_where_only_order_counts():
     assert lse.exp().round().flatten().tolist() == [1, 2, 2, 2, 2]  # 1 and 4 back
 
 
+@pytest.mark.parametrize("pattern", [Full(), Causal(), Window(5) & Causal(), Window(4)], ids=str)
+def test_runs_that_lie_between_each_other(pattern):
+    """0, 2, 4 and 6, 8 go on as one run, but 1, 3, 5 stand between them in the shard."""
+    torch.manual_seed(0)
+    runs = (Run(0, 2, 3), Run(1, 2, 3), Run(6, 2, 2))
+    rows = positions_tensor(runs)
+    q, k, v = (torch.randn(1, 10, 2, 8, dtype=torch.float64) for _ in range(3))
+    hidden = torch.ones(10, dtype=torch.bool).index_fill(0, rows, False)
+    bias = torch.zeros(10, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    out, lse = attend(q, k, v, pattern, scale=0.3, bias=bias, return_lse=True)
+    p = Problem(q, k[:, rows], v[:, rows], 0.3, (Run(0, 1, 10),), runs)
+    for found, expected in zip(partial_forward(p, pattern), (out, lse), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_shares_of_half_types_are_not_rounded():
     p, rows, truth, (dout, dlse), (dq, _, _) = rows_and_truth(Causal(), torch.bfloat16)
     out, lse = partial_forward(p, Causal())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from dilated_attention_pytorch import attention
 from dilated_attention_pytorch.backends import Gradients, needs_tiles, select
 from dilated_attention_pytorch.merging import merge_into
-from dilated_attention_pytorch.parallel.shapes import relative
+from dilated_attention_pytorch.parallel.shapes import Shape, relative, splits
 from dilated_attention_pytorch.parallel.sight import sees
 from dilated_attention_pytorch.patterns import Pattern
+from dilated_attention_pytorch.patterns.base import Branch
 from dilated_attention_pytorch.plans import candidate_plans
 from dilated_attention_pytorch.problem import Positions, Problem, Run
 
@@ -105,37 +107,62 @@ def _no_gradients(p: Problem) -> Gradients:
 
 
 def _pieces(problem: Problem, pattern: Pattern) -> Iterator[_Piece]:
-    """Problems of one run of queries and one of keys each, where the pattern may see something."""
+    """Problems that together hold the pairs that the pattern may see, most of one run of queries and one of keys."""
     p = replace(problem, partial=True)
     if p.q.numel() == 0 or p.v.numel() == 0:
         return
-    if len(p.query_positions) * len(p.key_positions) > MOST_PAIRS:
+    branch = _order_alone(p, pattern)
+    if branch is not None and branch.is_causal and branch.window is None and p.query_positions == p.key_positions:
+        every = Run(0, 1, p.query_length)  # in the order of positions, so gaps between runs say nothing
+        yield _piece(p, Shape(True, None, every, every), slice(0, every.length), slice(0, every.length))
+    elif len(p.query_positions) * len(p.key_positions) > MOST_PAIRS:
         yield _Piece(p, pattern, slice(0, p.query_length), slice(0, p.key_length))
-        return
-    for q_run, rows in _cut(p.query_positions):
-        for k_run, keys in _cut(p.key_positions):
-            if not sees(pattern, p.num_heads, (q_run,), (k_run,), p.key_lengths):
-                continue
-            part = replace(p, q=p.q[:, rows], k=p.k[:, keys], v=p.v[:, keys])
-            yield _Piece(*_placed(part, pattern, q_run, k_run), rows, keys)
+    elif branch is not None:
+        yield from _ordered_pieces(p, branch)
+    else:
+        for q_run, rows in zip(p.query_positions, _cuts(p.query_positions)):
+            for k_run, keys in zip(p.key_positions, _cuts(p.key_positions)):
+                if sees(pattern, p.num_heads, (q_run,), (k_run,), p.key_lengths):
+                    part = replace(p, query_positions=(q_run,), key_positions=(k_run,))
+                    yield _Piece(_of_rows(part, rows, keys), pattern, rows, keys)
 
 
-def _cut(positions: Positions) -> Iterator[tuple[Run, slice]]:
-    first = 0
-    for run in positions:
-        yield run, slice(first, first + run.length)
-        first += run.length
+def _order_alone(p: Problem, pattern: Pattern) -> Branch | None:
+    """The pattern's only branch, if it and all else asks only how far apart rows are: they may stand anywhere then."""
+    if p.key_lengths is not None or p.score is not None or p.dropout_p > 0:
+        return None
+    branches = pattern.branches()
+    if branches is None or len(branches) != 1:
+        return None
+    (b,) = branches
+    return b if b.segment_length is None and b.documents is None and b.heads is None else None
 
 
-def _placed(part: Problem, pattern: Pattern, q: Run, k: Run) -> tuple[Problem, Pattern]:
-    """The problem of two runs and its pattern; runs of equal steps stand closed up where only their order counts."""
-    if max(q.step, k.step) > 1 and part.key_lengths is None and part.score is None and part.dropout_p == 0.0:
-        branches = pattern.branches()
-        if branches is not None and len(branches) == 1:
-            (b,) = branches
-            if b.segment_length is None and b.documents is None and b.heads is None:
-                shape = relative(b.is_causal, b.window, q, k)
-                if shape is not None and shape.queries.step == shape.keys.step == 1:
-                    placed = replace(part, query_positions=(shape.queries,), key_positions=(shape.keys,))
-                    return placed, shape.pattern
-    return replace(part, query_positions=(q,), key_positions=(k,)), pattern
+def _ordered_pieces(p: Problem, branch: Branch) -> Iterator[_Piece]:
+    """The pieces of a branch that only asks how far apart rows are; runs that are seen wholly are one piece."""
+    q_cuts, k_cuts = _cuts(p.query_positions), _cuts(p.key_positions)
+    for shape, q_numbers, k_numbers in splits(branch.is_causal, branch.window, p.query_positions, p.key_positions):
+        rows = slice(q_cuts[q_numbers[0]].start, q_cuts[q_numbers[-1]].stop)
+        if k_numbers == list(range(k_numbers[0], k_numbers[-1] + 1)):
+            yield _piece(p, shape, rows, slice(k_cuts[k_numbers[0]].start, k_cuts[k_numbers[-1]].stop))
+            continue
+        for number in k_numbers:  # runs that others lie between: one by one
+            (query,) = (p.query_positions[i] for i in q_numbers)
+            alone = relative(branch.is_causal, branch.window, query, p.key_positions[number])
+            if alone is not None:
+                yield _piece(p, alone, rows, k_cuts[number])
+
+
+def _piece(p: Problem, shape: Shape, rows: slice, keys: slice) -> _Piece:
+    part = replace(p, query_positions=(shape.queries,), key_positions=(shape.keys,))
+    return _Piece(_of_rows(part, rows, keys), shape.pattern, rows, keys)
+
+
+def _of_rows(p: Problem, rows: slice, keys: slice) -> Problem:
+    return replace(p, q=p.q[:, rows], k=p.k[:, keys], v=p.v[:, keys])
+
+
+def _cuts(positions: Positions) -> list[slice]:
+    """The rows of each run."""
+    ends = list(accumulate(run.length for run in positions))
+    return [slice(end - run.length, end) for run, end in zip(positions, ends)]
