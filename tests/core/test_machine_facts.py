@@ -55,7 +55,8 @@ def test_what_is_installed_is_told_without_importing_it(monkeypatch):
 def test_every_name_of_the_front_desk_is_there():
     for name in core.__all__:
         assert getattr(core, name) is not None or name.endswith("_VERSION"), name
-    assert dir(core) == core.__all__ == sorted(set(core.__all__))
+    assert dir(core) == sorted(core._LATER)
+    assert sorted(core.__all__) == sorted(core._LATER)
     assert set(constants.LAZY) <= set(dir(constants))
 
 

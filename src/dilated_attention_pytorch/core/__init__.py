@@ -4,32 +4,176 @@ Every name is imported when it is first asked for.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_ATTENTION_UTILITIES = (
-    "apply_rotary_embeddings",
-    "combine_masks",
-    "compute_alibi_bias",
-    "compute_attention_scores",
-    "compute_rotary_embeddings",
-    "create_4d_causal_mask",
-    "create_block_diagonal_mask",
-    "create_dilated_mask",
-    "get_attention_backend_info",
-    "merge_attention_heads",
-    "optimize_attention_computation",
-    "split_attention_heads",
-    "standard_attention",
-)
-_BASE = ("BaseDilatedAttention", "BaseMultiheadDilatedAttention")
-_CONFIG = (
-    "DilatedAttentionConfig",
-    "DistributedConfig",
-    "MultiheadConfig",
-    "RingAttentionConfig",
-    "SparseAttentionConfig",
-)
-_CONSTANTS = (
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.core.attention_utils import (
+        apply_rotary_embeddings,
+        combine_masks,
+        compute_alibi_bias,
+        compute_attention_scores,
+        compute_rotary_embeddings,
+        create_4d_causal_mask,
+        create_block_diagonal_mask,
+        create_dilated_mask,
+        get_attention_backend_info,
+        merge_attention_heads,
+        optimize_attention_computation,
+        split_attention_heads,
+        standard_attention,
+    )
+    from dilated_attention_pytorch.core.base import (
+        BaseDilatedAttention,
+        BaseMultiheadDilatedAttention,
+    )
+    from dilated_attention_pytorch.core.config import (
+        DilatedAttentionConfig,
+        DistributedConfig,
+        MultiheadConfig,
+        RingAttentionConfig,
+        SparseAttentionConfig,
+    )
+    from dilated_attention_pytorch.core.constants import (
+        APEX_VERSION,
+        CURRENT_OPTIMAL_SETTINGS,
+        DEEPSPEED_VERSION,
+        FAIRSCALE_VERSION,
+        FLASH_ATTN_VERSION,
+        GPU_TYPE,
+        HAS_APEX,
+        HAS_DEEPSPEED,
+        HAS_FAIRSCALE,
+        HAS_FLASH_ATTN,
+        HAS_FLASH_ATTN_3,
+        HAS_SDPA,
+        HAS_SDPA_KERNEL,
+        HAS_TRITON,
+        HAS_XFORMERS,
+        TORCH_VERSION,
+        TRITON_VERSION,
+        XFORMERS_VERSION,
+        detect_gpu_type,
+        get_current_optimal_settings,
+    )
+    from dilated_attention_pytorch.core.factory import (
+        create_adaptive_sparse_attention,
+        create_block_sparse_attention,
+        create_dilated_attention,
+        create_multihead_dilated_attention,
+        register_attention,
+        register_multihead_attention,
+    )
+    from dilated_attention_pytorch.core.layers import (
+        BlockSparseRingDilatedAttention,
+        BlockSparseRingDistributedDilatedAttention,
+        BlockSparseRingMultiheadDilatedAttention,
+        DilatedAttention,
+        DilatedTransformerDecoderLayer,
+        DilatedTransformerEncoderLayer,
+        DistributedMultiheadDilatedAttention,
+        ImprovedDilatedAttention,
+        ImprovedMultiheadDilatedAttention,
+        LongNet,
+        LongNetLM,
+        MultiheadDilatedAttention,
+        RingDilatedAttention,
+        RingMultiheadDilatedAttention,
+        SparsePatternConfig,
+    )
+    from dilated_attention_pytorch.core.presets import (
+        PRESETS,
+        create_attention_from_preset,
+        describe_branches,
+        suggest_branches,
+    )
+    from dilated_attention_pytorch.core.validation import (
+        ValidationMixin,
+    )
+    from dilated_attention_pytorch.memory import (
+        MemoryPoolConfig,
+        UnifiedMemoryPool,
+        clear_memory_pool,
+        get_global_memory_pool,
+        get_memory_pool_info,
+        reset_global_memory_pool,
+    )
+
+_LATER = {
+    "APEX_VERSION": "core.constants",
+    "BaseDilatedAttention": "core.base",
+    "BaseMultiheadDilatedAttention": "core.base",
+    "BlockSparseRingDilatedAttention": "core.layers",
+    "BlockSparseRingDistributedDilatedAttention": "core.layers",
+    "BlockSparseRingMultiheadDilatedAttention": "core.layers",
+    "CURRENT_OPTIMAL_SETTINGS": "core.constants",
+    "DEEPSPEED_VERSION": "core.constants",
+    "DilatedAttention": "core.layers",
+    "DilatedAttentionConfig": "core.config",
+    "DilatedTransformerDecoderLayer": "core.layers",
+    "DilatedTransformerEncoderLayer": "core.layers",
+    "DistributedConfig": "core.config",
+    "DistributedMultiheadDilatedAttention": "core.layers",
+    "FAIRSCALE_VERSION": "core.constants",
+    "FLASH_ATTN_VERSION": "core.constants",
+    "GPU_TYPE": "core.constants",
+    "HAS_APEX": "core.constants",
+    "HAS_DEEPSPEED": "core.constants",
+    "HAS_FAIRSCALE": "core.constants",
+    "HAS_FLASH_ATTN": "core.constants",
+    "HAS_FLASH_ATTN_3": "core.constants",
+    "HAS_SDPA": "core.constants",
+    "HAS_SDPA_KERNEL": "core.constants",
+    "HAS_TRITON": "core.constants",
+    "HAS_XFORMERS": "core.constants",
+    "ImprovedDilatedAttention": "core.layers",
+    "ImprovedMultiheadDilatedAttention": "core.layers",
+    "LongNet": "core.layers",
+    "LongNetLM": "core.layers",
+    "MemoryPoolConfig": "memory",
+    "MultiheadConfig": "core.config",
+    "MultiheadDilatedAttention": "core.layers",
+    "PRESETS": "core.presets",
+    "RingAttentionConfig": "core.config",
+    "RingDilatedAttention": "core.layers",
+    "RingMultiheadDilatedAttention": "core.layers",
+    "SparseAttentionConfig": "core.config",
+    "SparsePatternConfig": "core.layers",
+    "TORCH_VERSION": "core.constants",
+    "TRITON_VERSION": "core.constants",
+    "UnifiedMemoryPool": "memory",
+    "ValidationMixin": "core.validation",
+    "XFORMERS_VERSION": "core.constants",
+    "apply_rotary_embeddings": "core.attention_utils",
+    "clear_memory_pool": "memory",
+    "combine_masks": "core.attention_utils",
+    "compute_alibi_bias": "core.attention_utils",
+    "compute_attention_scores": "core.attention_utils",
+    "compute_rotary_embeddings": "core.attention_utils",
+    "create_4d_causal_mask": "core.attention_utils",
+    "create_adaptive_sparse_attention": "core.factory",
+    "create_attention_from_preset": "core.presets",
+    "create_block_diagonal_mask": "core.attention_utils",
+    "create_block_sparse_attention": "core.factory",
+    "create_dilated_attention": "core.factory",
+    "create_dilated_mask": "core.attention_utils",
+    "create_multihead_dilated_attention": "core.factory",
+    "describe_branches": "core.presets",
+    "detect_gpu_type": "core.constants",
+    "get_attention_backend_info": "core.attention_utils",
+    "get_current_optimal_settings": "core.constants",
+    "get_global_memory_pool": "memory",
+    "get_memory_pool_info": "memory",
+    "merge_attention_heads": "core.attention_utils",
+    "optimize_attention_computation": "core.attention_utils",
+    "register_attention": "core.factory",
+    "register_multihead_attention": "core.factory",
+    "reset_global_memory_pool": "memory",
+    "split_attention_heads": "core.attention_utils",
+    "standard_attention": "core.attention_utils",
+    "suggest_branches": "core.presets",
+}
+
+__all__ = [
     "APEX_VERSION",
     "CURRENT_OPTIMAL_SETTINGS",
     "DEEPSPEED_VERSION",
@@ -45,68 +189,71 @@ _CONSTANTS = (
     "HAS_SDPA_KERNEL",
     "HAS_TRITON",
     "HAS_XFORMERS",
+    "PRESETS",
     "TORCH_VERSION",
     "TRITON_VERSION",
     "XFORMERS_VERSION",
-    "detect_gpu_type",
-    "get_current_optimal_settings",
-)
-_FACTORY = (
-    "create_adaptive_sparse_attention",
-    "create_block_sparse_attention",
-    "create_dilated_attention",
-    "create_multihead_dilated_attention",
-    "register_attention",
-    "register_multihead_attention",
-)
-_LAYERS = (
+    "BaseDilatedAttention",
+    "BaseMultiheadDilatedAttention",
     "BlockSparseRingDilatedAttention",
     "BlockSparseRingDistributedDilatedAttention",
     "BlockSparseRingMultiheadDilatedAttention",
     "DilatedAttention",
+    "DilatedAttentionConfig",
     "DilatedTransformerDecoderLayer",
     "DilatedTransformerEncoderLayer",
+    "DistributedConfig",
     "DistributedMultiheadDilatedAttention",
     "ImprovedDilatedAttention",
     "ImprovedMultiheadDilatedAttention",
     "LongNet",
     "LongNetLM",
+    "MemoryPoolConfig",
+    "MultiheadConfig",
     "MultiheadDilatedAttention",
+    "RingAttentionConfig",
     "RingDilatedAttention",
     "RingMultiheadDilatedAttention",
+    "SparseAttentionConfig",
     "SparsePatternConfig",
-)
-_MEMORY = (
-    "MemoryPoolConfig",
     "UnifiedMemoryPool",
+    "ValidationMixin",
+    "apply_rotary_embeddings",
     "clear_memory_pool",
+    "combine_masks",
+    "compute_alibi_bias",
+    "compute_attention_scores",
+    "compute_rotary_embeddings",
+    "create_4d_causal_mask",
+    "create_adaptive_sparse_attention",
+    "create_attention_from_preset",
+    "create_block_diagonal_mask",
+    "create_block_sparse_attention",
+    "create_dilated_attention",
+    "create_dilated_mask",
+    "create_multihead_dilated_attention",
+    "describe_branches",
+    "detect_gpu_type",
+    "get_attention_backend_info",
+    "get_current_optimal_settings",
     "get_global_memory_pool",
     "get_memory_pool_info",
+    "merge_attention_heads",
+    "optimize_attention_computation",
+    "register_attention",
+    "register_multihead_attention",
     "reset_global_memory_pool",
-)
-_PRESETS = ("PRESETS", "create_attention_from_preset", "describe_branches", "suggest_branches")
-
-_ROOM = __name__.rpartition(".")[0]
-_WHERE = {
-    **dict.fromkeys(_ATTENTION_UTILITIES, f"{__name__}.attention_utils"),
-    **dict.fromkeys(_BASE, f"{__name__}.base"),
-    **dict.fromkeys(_CONFIG, f"{__name__}.config"),
-    **dict.fromkeys(_CONSTANTS, f"{__name__}.constants"),
-    **dict.fromkeys(_FACTORY, f"{__name__}.factory"),
-    **dict.fromkeys(_LAYERS, f"{__name__}.layers"),
-    **dict.fromkeys(_MEMORY, f"{_ROOM}.memory"),
-    **dict.fromkeys(_PRESETS, f"{__name__}.presets"),
-    "ValidationMixin": f"{__name__}.validation",
-}
-
-__all__ = sorted(_WHERE)
+    "split_attention_heads",
+    "standard_attention",
+    "suggest_branches",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
+    if name in _LATER:
+        return getattr(import_module(f"{__name__.rpartition('.')[0]}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

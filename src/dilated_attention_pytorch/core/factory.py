@@ -227,7 +227,7 @@ def create_block_sparse_attention(
     dropped = round(1.0 - ratio, 12)  # 1 - 0.9 is a little less than 0.1
     if density is None:
         density = dropped
-    elif ratio not in (DROPPED, 1.0 - density) and density != dropped:
+    elif ratio != DROPPED and density != dropped:
         raise InvalidInput(
             f"{caller}: got sparsity_ratio={ratio} and density={density}: leave one out ({KEPT_AND_DROPPED})"
         )
