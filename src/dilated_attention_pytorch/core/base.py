@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -107,7 +108,10 @@ class BaseDilatedAttention(PatternAttention, ValidationMixin):
     ) -> None:
         super().__init__(softmax_scale, config.dropout, op, None, context_parallel)
         self.config = config.frozen()
-        self.segment_lengths, self.dilation_rates = self.config.segment_lengths, self.config.dilation_rates
+        self.segment_lengths, self.dilation_rates = (
+            tuple(self.config.segment_lengths),
+            tuple(self.config.dilation_rates),
+        )
         self.num_groups, self.dropout = self.config.num_groups, self.config.dropout
         self.device, self.dtype = self.config.device, self.config.dtype
         self.pattern = longnet(self.segment_lengths, self.dilation_rates)
@@ -178,6 +182,7 @@ class BaseMultiheadDilatedAttention(MultiheadPatternAttention, ValidationMixin):
     ) -> None:
         sizes, branches = multihead_config.frozen(), attention_config.frozen()
         self.__dict__.update(multihead_config=sizes, attention_config=branches)  # for the method, before modules exist
+        device: torch.device | str | None = one_of("device", sizes.device, branches.device)
         super().__init__(
             sizes.embed_dim,
             sizes.num_heads,
@@ -186,7 +191,7 @@ class BaseMultiheadDilatedAttention(MultiheadPatternAttention, ValidationMixin):
             layer_norm=sizes.layer_norm,
             layer_norm_eps=sizes.layer_norm_eps,
             gamma_init=sizes.gamma_init,
-            device=one_of("device", sizes.device, branches.device),
+            device=device,
             dtype=one_of("dtype", sizes.dtype, branches.dtype),
             num_kv_heads=num_kv_heads,
             position=position,

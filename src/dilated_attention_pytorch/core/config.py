@@ -7,7 +7,7 @@ set, and fields that would change what is computed, and cannot, raise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -58,11 +58,11 @@ class DilatedAttentionConfig(Config):
         (3, 8192)
     """
 
-    segment_lengths: tuple[int, ...]
-    dilation_rates: tuple[int, ...]
+    segment_lengths: Sequence[int]
+    dilation_rates: Sequence[int]
     dropout: float = 0.0
     use_tf32: bool = True
-    device: torch.device | None = None
+    device: torch.device | str | None = None
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ Got head_dim=59.08
     layer_norm: bool = True
     layer_norm_eps: float = 1e-5
     gamma_init: float = 1.0
-    device: torch.device | None = None
+    device: torch.device | str | None = None
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:

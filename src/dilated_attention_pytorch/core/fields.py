@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, FrozenInstanceError, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -17,7 +17,6 @@ from dilated_attention_pytorch.errors import InvalidInput
 logger = logging.getLogger(__name__)
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
-Value = TypeVar("Value")
 
 
 class Config(ValidationMixin):
@@ -96,7 +95,9 @@ class Config(ValidationMixin):
 
     def _place(self) -> None:
         """``device`` as a torch.device and ``dtype`` as a torch.dtype, from their names too; None stays None."""
-        self.device, self.dtype = as_device(self.device), as_dtype(self.dtype)  # type: ignore[has-type]
+        readers: dict[str, Callable[[Any], Any]] = {"device": as_device, "dtype": as_dtype}
+        for name, read in readers.items():
+            setattr(self, name, read(getattr(self, name)))
 
     def _check_counts(self, *names: str, least: int = 1) -> None:
         for name in names:
@@ -110,7 +111,7 @@ class Config(ValidationMixin):
                 raise InvalidInput(f"{name} must be True or False, got {getattr(self, name)!r}")
 
 
-def one_of(name: str, first: Value | None, second: Value | None) -> Value | None:
+def one_of(name: str, first: Any, second: Any) -> Any:
     """The one that is given, of two configs. Raises InvalidInput where they differ."""
     if first is not None and second is not None and first != second:
         raise InvalidInput(f"multihead_config and attention_config have {name} {first} and {second}: give it in one")

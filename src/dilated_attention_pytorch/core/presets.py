@@ -128,7 +128,7 @@ def describe_branches(
         >>> facts.flops_per_token, facts.reach, facts.coverage
         (640.0, 2, 0.4375)
     """
-    config = DilatedAttentionConfig(tuple(segment_lengths), tuple(dilation_rates))
+    config = DilatedAttentionConfig(segment_lengths, dilation_rates)
     tokens = config.max_segment_length if tokens is None else tokens
     for name, value in {"tokens": tokens, "num_heads": num_heads, "head_dim": head_dim}.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_TOKENS:
@@ -142,7 +142,15 @@ def describe_branches(
         places = np.sort(np.random.default_rng(1).integers(0, tokens, SAMPLED_TOKENS))
     coverage = _coverage(_meetings(pattern, places, tokens, num_heads), is_exact)
     return BranchFacts(
-        config.segment_lengths, config.dilation_rates, tokens, num_heads, head_dim, flops, reach, coverage, is_exact
+        tuple(config.segment_lengths),
+        tuple(config.dilation_rates),
+        tokens,
+        num_heads,
+        head_dim,
+        flops,
+        reach,
+        coverage,
+        is_exact,
     )
 
 
