@@ -147,7 +147,10 @@ def _found_wrong(problems):
 def test_every_wrong_world_is_noticed():
     problems = {
         name: ask(replace(cases()[name], query_length=48, visible=visible))
-        for name, visible in dict.fromkeys(("full", "causal", "longnet", "dropout_full"), None).items() | {("padded", (48, 20))}
+        for name, visible in {
+            **dict.fromkeys(("full", "causal", "longnet", "dropout_full")),
+            "padded": (48, 20),
+        }.items()
     }
     right, *wrong = map(max, zip(*run_world(2, _found_wrong, problems)))
     assert right < 1e-12
