@@ -18,6 +18,7 @@ from dilated_attention_pytorch.scores import Relative, Softcap
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.core import (
+        PRESETS,
         BlockSparseRingDilatedAttention,
         BlockSparseRingDistributedDilatedAttention,
         BlockSparseRingMultiheadDilatedAttention,
@@ -28,9 +29,13 @@ if TYPE_CHECKING:
         RingMultiheadDilatedAttention,
         SparsePatternConfig,
         create_adaptive_sparse_attention,
+        create_attention_from_preset,
         create_block_sparse_attention,
         create_dilated_attention,
         create_multihead_dilated_attention,
+        register_attention,
+        register_multihead_attention,
+        suggest_branches,
     )
     from dilated_attention_pytorch.models import LongNet, LongNetEncoder, LongNetLM
     from dilated_attention_pytorch.nn import (
@@ -70,19 +75,25 @@ _LATER = {
     "MultiheadAdaptiveSparseAttention": "nn",
     "MultiheadBlockSparseAttention": "nn",
     "MultiheadDilatedAttention": "nn",
+    "PRESETS": "core",
     "RingDilatedAttention": "core",
     "RingMultiheadDilatedAttention": "core",
     "Selector": "selection",
     "SparsePatternConfig": "core",
     "context_parallel_attend": "parallel",
     "create_adaptive_sparse_attention": "core",
+    "create_attention_from_preset": "core",
     "create_block_sparse_attention": "core",
     "create_dilated_attention": "core",
     "create_multihead_dilated_attention": "core",
     "hilbert_order": "orderings",
+    "register_attention": "core",
+    "register_multihead_attention": "core",
+    "suggest_branches": "core",
 }
 
 __all__ = [
+    "PRESETS",
     "AdaptiveSparseAttention",
     "BlockSparse",
     "BlockSparseAttention",
@@ -121,6 +132,7 @@ __all__ = [
     "attend",
     "context_parallel_attend",
     "create_adaptive_sparse_attention",
+    "create_attention_from_preset",
     "create_block_sparse_attention",
     "create_dilated_attention",
     "create_multihead_dilated_attention",
@@ -130,6 +142,9 @@ __all__ = [
     "longnet_attention",
     "merge",
     "reference_attention",
+    "register_attention",
+    "register_multihead_attention",
+    "suggest_branches",
 ]
 
 
