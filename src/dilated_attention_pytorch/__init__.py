@@ -18,7 +18,6 @@ from dilated_attention_pytorch.scores import Relative, Softcap
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.core import (
-        PRESETS,
         BlockSparseRingDilatedAttention,
         BlockSparseRingDistributedDilatedAttention,
         BlockSparseRingMultiheadDilatedAttention,
@@ -75,7 +74,6 @@ _LATER = {
     "MultiheadAdaptiveSparseAttention": "nn",
     "MultiheadBlockSparseAttention": "nn",
     "MultiheadDilatedAttention": "nn",
-    "PRESETS": "core",
     "RingDilatedAttention": "core",
     "RingMultiheadDilatedAttention": "core",
     "Selector": "selection",
@@ -93,7 +91,6 @@ _LATER = {
 }
 
 __all__ = [
-    "PRESETS",
     "AdaptiveSparseAttention",
     "BlockSparse",
     "BlockSparseAttention",
