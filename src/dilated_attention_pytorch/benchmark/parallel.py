@@ -243,7 +243,8 @@ def _balance(cases: tuple[Case, ...], worlds: tuple[int, ...]) -> Iterator[dict[
     for case in cases:
         branches = longnet(case.segment_lengths, case.dilation_rates)
         asked += [(case.name, case, branches), (f"{case.name}, causal", case, branches & Causal())]
-    asked.append(("full, causal", cases[0], Causal()))
+    whole = replace(cases[0], segment_lengths=(cases[0].tokens,), dilation_rates=(1,))
+    asked.append(("full, causal", whole, Causal()))
     for words, case, pattern in asked:
         for size in worlds:
             found = layout_imbalance(_whole(case), pattern, size)
