@@ -152,7 +152,9 @@ def test_what_falls_short_is_shown(measured):
     of = measured["bytes"][0]
     told = of | {"said": {"gather": {"forward": [10, 20, 30]}}, "by hand": {"forward": [10, 20, 28]}}
     told["counted"] = {"gather": {"forward": [10, 21, 30]}}
-    balance = [{"pattern": "p", "shape": "N", "world": 2, "layouts": {"contiguous": 1.5, "zigzag": 1.2, "striped": 1.3}}]
+    balance = [
+        {"pattern": "p", "shape": "N", "world": 2, "layouts": {"contiguous": 1.5, "zigzag": 1.2, "striped": 1.3}}
+    ]
     short = measured | {"ring": {"forward + backward": ring}, "bytes": [told], "balance": balance}
     (_, _, rings, _), (_, _, received, _), (_, _, uneven, _) = parallel.parallel_tables(short)
     assert rings[0][1] == "0.80 (0.70-0.90), goal 0.85 missed"
