@@ -105,7 +105,7 @@ def estimate(
     if as_json:
         out.print(Text(json.dumps(found.to_dict(), indent=1)), soft_wrap=True)
         return
-    out.print(Text(str(found.attention)))
+    out.print(Text(str(found.attention)), soft_wrap=True)
     for table in tables(found, set(changed)):
         out.print(table.to_rich())
     room = "fits" if found.fits else "does not fit"

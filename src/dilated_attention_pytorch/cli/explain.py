@@ -89,14 +89,15 @@ def explain(
     if world is None:
         if given:
             raise InvalidInput(f"--{next(iter(given))} is about ranks that share the sequence; give --world too")
-        out.print(Text(str(door.explain(x, x, x, whole, backend=backend))))
+        out.print(Text(str(door.explain(x, x, x, whole, backend=backend))), soft_wrap=True)
         return
     if backend != "auto" or training:
         raise InvalidInput("--world shows both passes, and no backend's; leave out --backend and --training")
     from dilated_attention_pytorch.parallel.explanation import explain_world
 
     machine = given.pop("gpu", "h100")
-    out.print(Text(str(explain_world(x, x, x, whole, world=world, machine=machine, **given))))
+    found = explain_world(x, x, x, whole, world=world, machine=machine, **given)
+    out.print(Text(str(found)), soft_wrap=True)
 
 
 def device_of(name: str) -> torch.device:
