@@ -119,7 +119,7 @@ def _wrong_shards():
 def test_shards_that_do_not_fit_are_refused_on_every_rank():
     first, second = ends_of_world(2, _wrong_shards)
     lengths, *others, given = zip(first, second)
-    assert all("ranks hold [4, 3]. Got [3, 4]" in words for words in lengths)
+    assert all("ranks 0 to 1 hold [4, 3]. Got [3, 4]" in words for words in lengths)
     for words, what in zip(others, ("(2, 4)", "torch.int64", "zigzag")):
         assert words[0] == words[1]
         assert "rank 0: (1, 4)" in words[0]

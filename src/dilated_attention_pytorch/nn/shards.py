@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.parallel.context import ContextParallel
-from dilated_attention_pytorch.parallel.layouts import Layout
+from dilated_attention_pytorch.parallel.layouts import whole_layout
 from dilated_attention_pytorch.parallel.sharding import resolve_flat_group
 from dilated_attention_pytorch.parallel.world import rank_and_size
 
@@ -70,14 +70,7 @@ def whole_lengths(context: ContextParallel, *shards: Tensor) -> tuple[int, ...]:
             raise InvalidInput(
                 f"ranks 0 to {size - 1} hold {samples} samples; those of one sequence share their batch."
             )
-        whole = Layout(context.layout, sum(held), size)
-        expected = [whole.count(rank) for rank in range(size)]
-        if held != expected:
-            raise InvalidInput(
-                f"of {whole.length} tokens in layout {context.layout!r} ranks 0 to {size - 1} hold {expected}. Got "
-                f"{held}; cut the sequence with shard_sequence, in the layout of the layers."
-            )
-        lengths.append(whole.length)
+        lengths.append(whole_layout(context.layout, held, "tokens").length)
     return tuple(lengths)
 
 

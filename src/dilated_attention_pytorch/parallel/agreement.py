@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.parallel.layouts import Layout
+from dilated_attention_pytorch.parallel.layouts import whole_layout
 
 
 class Facts(NamedTuple):
@@ -48,16 +48,10 @@ def agree(group: dist.ProcessGroup, facts: Facts, layout: str) -> Agreed:
     rows = _everyones(group, own).tolist()
     if any(row[3:] != rows[0][3:] for row in rows) or facts.error:
         raise InvalidInput(_difference(group, facts))
-    for name, column in (("queries", 0), ("keys", 1)):
-        held = [row[column] for row in rows]
-        whole = Layout(layout, sum(held), len(held))
-        expected = [whole.count(rank) for rank in range(len(held))]
-        if held != expected:
-            raise InvalidInput(
-                f"context_parallel_attend: of {sum(held)} {name} in layout {layout!r} ranks 0 to {len(held) - 1} hold "
-                f"{expected}. Got {held}; cut the sequence with shard_sequence."
-            )
-    return Agreed(sum(row[0] for row in rows), sum(row[1] for row in rows), rows[0][2])
+    queries, keys = (
+        whole_layout(layout, [row[column] for row in rows], name) for column, name in enumerate(("queries", "keys"))
+    )
+    return Agreed(queries.length, keys.length, rows[0][2])
 
 
 def agree_on_padding(group: dist.ProcessGroup, key_padding_mask: Tensor, positions: Tensor) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dilated_attention_pytorch.errors import InvalidInput
@@ -62,6 +62,25 @@ def check_layout(name: str) -> None:
     """Raise InvalidInput unless it is the name of a layout."""
     if name not in LAYOUTS:
         raise InvalidInput(f"expected layout to be one of {', '.join(map(repr, LAYOUTS))}. Got {name!r}.")
+
+
+def whole_layout(name: str, held: Sequence[int], rows: str = "rows") -> Layout:
+    """The layout of the sequence of which ranks hold so many ``rows``, by rank.
+
+    Raises InvalidInput, naming ranks and numbers, unless these are what the layout deals out.
+
+    Example:
+        >>> whole_layout("contiguous", [3, 2]).length
+        5
+    """
+    whole = Layout(name, sum(held), len(held))
+    expected = [whole.count(rank) for rank in range(whole.world)]
+    if list(held) != expected:
+        raise InvalidInput(
+            f"of {whole.length} {rows} in layout {name!r} ranks 0 to {whole.world - 1} hold {expected}. Got "
+            f"{list(held)}; cut the sequence with shard_sequence, in the layout of what follows."
+        )
+    return whole
 
 
 def row_count(positions: Positions) -> int:

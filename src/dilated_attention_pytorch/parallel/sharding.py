@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.parallel.layouts import Layout, check_layout
+from dilated_attention_pytorch.parallel.layouts import Layout, check_layout, whole_layout
 from dilated_attention_pytorch.parallel.world import rank_and_size, resolve_group
 from dilated_attention_pytorch.problem import Positions
 
@@ -131,15 +131,7 @@ def _agreed_length(x: Tensor, dim: int, layout: str, group: dist.ProcessGroup) -
     )
     if len(alike) > 1:
         raise InvalidInput(f"unshard_sequence: shards differ in more than their number of rows. {told}.")
-    counts = [shape[dim] for *_, shape in facts]
-    whole = Layout(layout, sum(counts), len(counts))
-    expected = [whole.count(rank) for rank in range(len(counts))]
-    if counts != expected:
-        raise InvalidInput(
-            f"unshard_sequence: of {whole.length} rows in layout {layout!r} ranks hold {expected}. Got {counts}; "
-            "shards are those that shard_sequence gives."
-        )
-    return whole.length
+    return whole_layout(layout, [shape[dim] for *_, shape in facts]).length
 
 
 class _Cut(torch.autograd.Function):
