@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dilated_attention_pytorch import Causal, longnet
@@ -19,14 +20,17 @@ SHAPE = ("--tokens", "1e6", "--world", "16", "--segments", "2048,65536", "--rate
 
 
 def call(*arguments):
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "250", "TERM": "dumb"})
+    return CliRunner().invoke(app, list(arguments), env={"TERM": "dumb"})
 
 
 def asked(**changes):
     return estimate(Job(Stack(), longnet([2048, 65536], [1, 16]), 10**6, 16, **changes), MACHINES["h100"])
 
 
-def test_the_tables_hold_the_estimate():
+def test_the_tables_hold_the_estimate(monkeypatch):
+    monkeypatch.setattr(
+        "dilated_attention_pytorch.cli.estimate.out", Console(width=300)
+    )  # a narrow terminal folds cells
     result = call("estimate", *SHAPE)
     assert result.exit_code == 0, result.output
     found = asked()
