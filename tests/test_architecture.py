@@ -202,6 +202,11 @@ def test_public_names_say_what_they_are():
         assert doc.strip().splitlines()[0].endswith((".", ":")), f"{name}: the first line is a sentence"
 
 
+def test_test_files_are_small():
+    lines = {str(path.relative_to(TESTS)): len(path.read_text().splitlines()) for path in TESTS.rglob("*.py")}
+    assert {name: n for name, n in lines.items() if n > LINE_LIMIT} == {}
+
+
 def test_package_is_typed():
     assert (ROOT / "py.typed").exists()
 
