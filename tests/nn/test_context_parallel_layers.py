@@ -18,11 +18,12 @@ from dilated_attention_pytorch import (
     LongNet,
     LongNetEncoder,
     LongNetLM,
+    MultiheadAdaptiveSparseAttention,
     MultiheadBlockSparseAttention,
     MultiheadDilatedAttention,
 )
-from dilated_attention_pytorch.nn import ShortConvolution, set_context_parallel
-from dilated_attention_pytorch.nn.shards import as_context, shard_rows, whole_lengths, whole_shapes
+from dilated_attention_pytorch.nn import LayerCache, ShortConvolution, set_context_parallel
+from dilated_attention_pytorch.nn.shards import as_context, over_ranks, shard_rows, whole_lengths, whole_shapes
 from dilated_attention_pytorch.parallel import ContextParallel
 from dilated_attention_pytorch.parallel import context as engine
 from parallel.worlds import ends_of_world, run_world
@@ -234,7 +235,7 @@ def test_setting_it_leaves_state_and_config_alone_and_can_be_undone():
     assert model.decoder.context_parallel is None
 
 
-def test_what_needs_whole_sequences_says_why_and_nothing_is_changed():
+def refusals():
     x = torch.zeros(1, 8, 4, 8)
     adaptive, dilated = AdaptiveSparseAttention(), DilatedAttention([4], [1])
     with pytest.raises(InvalidInput, match="no rank holds"):
@@ -242,10 +243,9 @@ def test_what_needs_whole_sequences_says_why_and_nothing_is_changed():
     with pytest.raises(InvalidInput, match="no rank holds"):
         set_context_parallel(nn.ModuleList([dilated, adaptive]), ContextParallel())
     assert dilated.context_parallel is None
-    with pytest.raises(InvalidInput, match="no attention layer"):
-        set_context_parallel(nn.Linear(2, 2), ContextParallel())
-    with pytest.raises(InvalidInput, match="a mesh of one dim"):
-        DilatedAttention([4], [1], context_parallel="context")
+    adaptive._context_parallel = ContextParallel()  # as where it was set before the group was
+    with pytest.raises(InvalidInput, match="no rank holds"):
+        adaptive(x, x, x)
     dilated.context_parallel = ContextParallel()
     with pytest.raises(InvalidInput, match="mask over pairs"):
         dilated(x, x, x, attention_mask=torch.ones(8, 8, dtype=torch.bool))
@@ -255,6 +255,50 @@ def test_what_needs_whole_sequences_says_why_and_nothing_is_changed():
     set_context_parallel(model, ContextParallel())
     with pytest.raises(InvalidInput, match="decode in one process"):
         model.generate(torch.tensor([1, 2]), max_new_tokens=1)
+
+
+def test_what_needs_whole_sequences_says_why_and_nothing_is_changed():
+    run_world(2, refusals)
+    with pytest.raises(InvalidInput, match="no attention layer"):
+        set_context_parallel(nn.Linear(2, 2), ContextParallel())
+    with pytest.raises(InvalidInput, match="a mesh of one dim"):
+        DilatedAttention([4], [1], context_parallel="context")
+
+
+def with_every_option(context=None):
+    """What layers and models give for options that need whole sequences."""
+    draw = torch.Generator().manual_seed(2)
+    x, q = (torch.randn(1, 40, *rest, generator=draw, dtype=torch.float64) for rest in ((WIDTH,), (4, 8)))
+    hidden = torch.rand(40, 40, generator=draw) < 0.5
+    kinds = {"dilated": BUILDERS["dilated"], "blocks": BUILDERS["blocks"], "lm": BUILDERS["lm"]}
+    kinds["adaptive"] = lambda: MultiheadAdaptiveSparseAttention(WIDTH, 4, budget=1.0, dtype=torch.float64)
+    found = []
+    for kind, build in kinds.items():
+        torch.manual_seed(0)
+        model = build()
+        set_context_parallel(model, context)
+        if kind == "lm":
+            found.append(model.generate(torch.tensor([3, 1, 2]), max_new_tokens=4, seed=1))
+            continue
+        found += model(x, need_weights=True, attn_mask=hidden, average_attn_weights=False)
+        found.append(model(x[:, 7:9], x, x, query_start=7, is_causal=True))
+        found += model.attention(q, q, q, attention_mask=~hidden, need_weights=True)
+        cache = LayerCache()
+        with torch.no_grad():
+            found += [model(part, is_causal=True, cache=cache) for part in x.split((30, 10), 1)]
+    return found
+
+
+def test_a_group_of_one_has_every_option():
+    expected = with_every_option()
+    (grouped,) = run_world(1, lambda: with_every_option(ContextParallel()))
+    for found in (with_every_option(ContextParallel(layout="zigzag", method="ring")), grouped):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert over_ranks(None) is None
+    assert over_ranks(ContextParallel()) is None
+    context = ContextParallel()
+    assert run_world(2, lambda: over_ranks(context) is context) == [True, True]
 
 
 def test_a_convolution_over_neighbours_that_lie_elsewhere():

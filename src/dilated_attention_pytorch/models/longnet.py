@@ -24,7 +24,7 @@ from dilated_attention_pytorch.models.parts import block_options, check_rows, co
 from dilated_attention_pytorch.models.pretrained import PretrainedModel
 from dilated_attention_pytorch.nn.cache import KeyValueCache
 from dilated_attention_pytorch.nn.convolution import ShortConvolution
-from dilated_attention_pytorch.nn.shards import ShardRows, shard_rows
+from dilated_attention_pytorch.nn.shards import ShardRows, over_ranks, shard_rows
 from dilated_attention_pytorch.nn.transformer import (
     DilatedTransformer,
     DilatedTransformerDecoderLayer,
@@ -171,7 +171,7 @@ class LongNetLM(PretrainedModel):
         self._check_tokens(tokens)
         if cache is not None and not is_causal:
             raise InvalidInput("a cache serves causal models: earlier tokens cannot see later ones any more.")
-        context = self.decoder.context_parallel
+        context = over_ranks(self.decoder.context_parallel)
         rows = None if context is None else shard_rows(context, tokens)
         seen = tokens
         if self.convolution is not None and cache is not None and cache.tokens is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, check_weights, place_rows, weights_of
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
+from dilated_attention_pytorch.nn.shards import over_ranks
 from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Causal, Documents, Full, Pattern
 from dilated_attention_pytorch.patterns.base import And
@@ -46,7 +47,8 @@ class AdaptiveSparseAttention(PatternAttention):
     lost altogether; masks other than padding, dropout and score rules do not go with it.
 
     With ``keep`` above 1 a choice serves so many calls, one after another, as long as shapes, masks, pattern, mode and
-    device stay; else, and after `forget`, the next call chooses anew. A kept choice comes from earlier calls' tokens.
+    device stay; else, and after `forget`, the next call chooses anew. A kept choice comes from earlier calls' tokens;
+    threads that call one layer together share it, and may use it a few times more.
     ``selected`` is the last choice, and ``overlaps`` has the Jaccard index of each new one with the one before, where
     both are tables of one size. None of this is in the state_dict.
 
@@ -94,22 +96,27 @@ class AdaptiveSparseAttention(PatternAttention):
         if not isinstance(self.pattern, Pattern):
             raise InvalidInput(f"expected pattern to be a Pattern, such as Full(). Got {type(pattern).__name__}.")
         self.max_length = check_max_length(max_length)
-        self.selected: Pattern | None = None
         self.overlaps: deque[float] = deque(maxlen=OVERLAPS_KEPT)
-        self._asked: _Asked | None = None
-        self._served = 0
+        self._kept: _Kept | None = None
+
+    @property
+    def selected(self) -> Pattern | None:
+        """The last choice; None before the first call, and after `forget`."""
+        return None if self._kept is None else self._kept.chosen
 
     def forget(self) -> None:
         """The next call chooses anew, and its choice is compared with none."""
-        self.selected, self._asked, self._served = None, None, 0
+        self._kept = None
 
-    def checked_context(self, context: ContextParallel | DeviceMesh | None) -> None:
-        """None, the only legal ``context``: a choice reads all queries and keys. Raises InvalidInput else."""
-        if context is not None:
+    def checked_context(self, context: ContextParallel | DeviceMesh | None) -> ContextParallel | None:
+        """``context``, of one rank: a choice reads all queries and keys. Raises InvalidInput for more ranks."""
+        checked = super().checked_context(context)
+        if over_ranks(checked) is not None:
             raise InvalidInput(
                 f"{type(self).__name__} chooses from all queries and keys, which no rank holds: leave out "
                 "context_parallel, or use a layer whose pattern is known before, such as BlockSparseAttention."
             )
+        return checked
 
     def choose_pattern(self, query: Tensor, key: Tensor, is_causal: bool, query_start: int | None) -> Pattern:
         """What a choice is made within, causal on request."""
@@ -137,6 +144,7 @@ class AdaptiveSparseAttention(PatternAttention):
         ``selected`` is another layer's choice, used for this call within this call's own pattern, mask and documents;
         what this layer keeps stays as it is. Blocks are counted from the first token, not from each document's.
         """
+        self.checked_context(self.context_parallel)  # the group may have grown since it was set
         place_rows(query, key, query_start, self.max_length)
         if need_weights:
             check_weights(query, key)
@@ -145,15 +153,18 @@ class AdaptiveSparseAttention(PatternAttention):
         pattern = self.choose_pattern(query, key, is_causal, query_start)
         if documents is not None:
             pattern = documents.of(pattern)
-        asked = None
+        asked, kept = None, self._kept  # read once: another thread may replace it
         if selected is not None:
             chosen = _within(pattern, selected)
         else:
             asked = self._ask(query, key, pattern, key_padding_mask, query_start)
-            chosen = self._choose(asked, query, key, pattern, key_padding_mask, query_start)
+            if kept is not None and self._serves(kept, asked):
+                chosen = kept.chosen
+            else:
+                chosen = self._choose(query, key, pattern, key_padding_mask, query_start)
         result = self._attend(query, key, value, chosen, attention_mask, key_padding_mask, query_start, need_weights)
         if asked is not None and not _in_backward():
-            self._remember(chosen, asked)
+            self._remember(chosen, asked, kept)
         return result
 
     def extra_repr(self) -> str:
@@ -201,19 +212,20 @@ class AdaptiveSparseAttention(PatternAttention):
         tables = pattern.tables if mask is None else (*pattern.tables, mask.clone())
         return _Asked((*facts, pattern.text(), mask is None), tables if self.keep > 1 else ())
 
+    def _serves(self, kept: _Kept, asked: _Asked) -> bool:
+        """Whether a call is served by an earlier choice."""
+        # a checkpointed layer runs again in backward, and must use what it used
+        served = kept.served - 1 if _in_backward() else kept.served
+        return served < self.keep > 1 and asked.equals(kept.asked)
+
     def _choose(
         self,
-        asked: _Asked,
         query: Tensor,
         key: Tensor,
         pattern: Pattern,
         key_padding_mask: Tensor | None,
         query_start: int | None,
     ) -> Pattern:
-        # a checkpointed layer runs again in backward, and must use what it used
-        served = self._served - 1 if _in_backward() else self._served
-        if self.selected is not None and served < self.keep > 1 and asked.equals(self._asked):
-            return self.selected
         with torch.no_grad():
             return self.selector(
                 query,
@@ -232,13 +244,15 @@ class AdaptiveSparseAttention(PatternAttention):
             return 1
         return self.budget
 
-    def _remember(self, chosen: Pattern, asked: _Asked) -> None:
-        if chosen is self.selected:
-            self._served += 1
+    def _remember(self, chosen: Pattern, asked: _Asked, kept: _Kept | None) -> None:
+        """What was ``kept`` when the call began has served once more, or is replaced."""
+        if kept is not None and chosen is kept.chosen:
+            if self._kept is kept:
+                self._kept = replace(kept, served=kept.served + 1)
             return
-        if self._asked is not None and asked.facts == self._asked.facts:
-            self.overlaps.extend(_overlap(chosen, self.selected))
-        self.selected, self._asked, self._served = chosen, asked, 1
+        if kept is not None and asked.facts == kept.asked.facts:
+            self.overlaps.extend(_overlap(chosen, kept.chosen))
+        self._kept = _Kept(chosen, asked, 1)
 
 
 class MultiheadAdaptiveSparseAttention(MultiheadPatternAttention):
@@ -347,13 +361,22 @@ class _Asked:
     facts: tuple[Any, ...]
     tables: tuple[Tensor, ...]
 
-    def equals(self, other: _Asked | None) -> bool:
-        if other is None or self.facts != other.facts:
+    def equals(self, other: _Asked) -> bool:
+        if self.facts != other.facts:
             return False
         return all(a is b or torch.equal(a, b) for a, b in zip(self.tables, other.tables, strict=True))
 
 
-def _overlap(chosen: Pattern, before: Pattern | None) -> tuple[float, ...]:
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A choice, what it was made for, and how many calls it has served; replaced as one, so that threads see one."""
+
+    chosen: Pattern
+    asked: _Asked
+    served: int
+
+
+def _overlap(chosen: Pattern, before: Pattern) -> tuple[float, ...]:
     """The Jaccard index of two choices; nothing unless both are tables of one size."""
     if not isinstance(chosen, SelectedTiles) or not isinstance(before, SelectedTiles):
         return ()

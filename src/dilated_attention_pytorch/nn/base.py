@@ -13,7 +13,7 @@ from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.backends import check_backend_name
 from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.shards import ShardRows, as_context, whole_shapes
+from dilated_attention_pytorch.nn.shards import ShardRows, as_context, over_ranks, whole_shapes
 from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Documents, Pattern
 from dilated_attention_pytorch.problem import check_inputs
@@ -28,8 +28,8 @@ class PatternAttention(nn.Module):
 
     ``softmax_scale`` None is 1/sqrt(D). ``attention_dropout`` acts in training mode only. ``op`` names a backend of
     `attend`; None picks one. With ``context_parallel``, a `ContextParallel` or a mesh of one dim, queries, keys, values
-    and the result are this rank's shards. Raises InvalidInput for a probability out of range, or an ``op`` that is no
-    name.
+    and the result are this rank's shards; over one rank that is the whole, and calls are as without it. Raises
+    InvalidInput for a probability out of range, or an ``op`` that is no name.
     """
 
     def __init__(
@@ -85,16 +85,16 @@ class PatternAttention(nn.Module):
         first query; None makes queries the last rows. The pattern restarts in each of ``documents``. With
         ``need_weights`` also the weights (B, H, Nq, Nk), without dropout, in O(Nq Nk) memory.
 
-        Where ``context_parallel`` is set, tensors and the padding mask are shards, while ``query_start`` and documents
-        speak of whole sequences; attention_mask and need_weights are refused. ``rows`` are those of queries and keys
-        where they are known: ranks then need not agree on this call, and do not check that they ask for the same.
+        Where ``context_parallel`` deals over several ranks, tensors and the padding mask are shards, ``query_start``
+        and documents speak of whole sequences, and attention_mask and need_weights are refused. ``rows`` are those of
+        queries and keys where they are known: ranks then do not agree on this call, nor check that they ask alike.
         """
         if need_weights:
             check_weights(query, key)
         pattern = self.choose_pattern(query, key, is_causal, query_start)
         if documents is not None:
             pattern = documents.of(pattern)
-        if self.context_parallel is not None:
+        if over_ranks(self.context_parallel) is not None:
             _check_shards(attention_mask, need_weights)
             return self._attend_shards(query, key, value, pattern, key_padding_mask, query_start, rows)
         return self._attend(query, key, value, pattern, attention_mask, key_padding_mask, query_start, need_weights)
@@ -163,8 +163,8 @@ def _check_shards(attention_mask: Tensor | None, need_weights: bool) -> None:
         )
     if need_weights:
         raise InvalidInput(
-            "attention weights (Nq, Nk) are not dealt over ranks: ask for them in one process, without "
-            "context_parallel."
+            "attention weights (Nq, Nk) are not dealt over ranks: ask for them in one process, or with "
+            "context_parallel=None."
         )
 
 
@@ -210,13 +210,14 @@ def place_rows(
 ) -> tuple[int, int]:
     """One past the last position of the queries, and of the keys, of tensors that fit together.
 
-    With a ``context`` the tensors are shards, the positions those of the whole. Raises InvalidInput where tensors do
-    not fit, or go beyond ``max_length``.
+    Over several ranks of a ``context`` tensors are shards, and positions those of the whole. Raises InvalidInput where
+    tensors do not fit, or go beyond ``max_length``.
 
     Example:
         >>> place_rows(torch.zeros(1, 2, 1, 4), torch.zeros(1, 9, 1, 4), None)
         (9, 9)
     """
+    context = over_ranks(context)
     if context is not None:
         query, key = whole_shapes(context, query, key)
     _, start = check_inputs(query, key, key, query_start=query_start)

@@ -15,7 +15,7 @@ from dilated_attention_pytorch.nn.base import PatternAttention, bias_from_mask
 from dilated_attention_pytorch.nn.cache import LayerCache
 from dilated_attention_pytorch.nn.old_keys import rename_attention_keys
 from dilated_attention_pytorch.nn.positions import Rotation, alibi_slopes, make_positions, rotate
-from dilated_attention_pytorch.nn.shards import ShardRows, shard_rows
+from dilated_attention_pytorch.nn.shards import ShardRows, over_ranks, shard_rows
 from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Documents
 from dilated_attention_pytorch.scores import Relative
@@ -30,7 +30,8 @@ class MultiheadPatternAttention(nn.Module):
     "xpos" (for causal attention), which counts from the middle of the largest of ``segment_lengths``, or "alibi", which
     becomes the ``score`` of ``attention``.
 
-    Where ``attention.context_parallel`` is set, queries, keys, values and the result are this rank's shards.
+    Where ``attention.context_parallel`` deals over several ranks, queries, keys, values and the result are this rank's
+    shards.
 
     Raises InvalidInput for sizes that do not divide, or options that do not go together.
 
@@ -160,9 +161,8 @@ class MultiheadPatternAttention(nn.Module):
         key, value = query if key is None else key, query if value is None else value
         self._check_rows(query=query, key=key, value=value)
         self._check_placing(is_self, position_ids, rotation, documents)
-        context = self.attention.context_parallel
         if cache is not None:
-            _check_cached(is_self, key_padding_mask, query_start, documents, context)
+            _check_cached(is_self, key_padding_mask, query_start, documents, self.attention.context_parallel)
         q, k, v = self._project(query, key, value, is_self)
         past = 0 if cache is None else cache.length
         if self.positions is not None:
@@ -226,7 +226,7 @@ class MultiheadPatternAttention(nn.Module):
         """The table of these rows; ``past`` is the row of the first key."""
         assert self.positions is not None
         table = partial(self.positions.table, documents=documents, dtype=q.dtype, device=q.device)
-        context = self.attention.context_parallel
+        context = over_ranks(self.attention.context_parallel)
         if context is None:
             queries, keys = ShardRows(q.shape[1], None), ShardRows(k.shape[1], None)
         else:
@@ -283,7 +283,7 @@ def _check_cached(
     documents: Documents | None,
     context: ContextParallel | None,
 ) -> None:
-    if context is not None:
+    if over_ranks(context) is not None:
         raise InvalidInput(
             "a cache holds every row, and no rank does: decode in one process, with context_parallel None."
         )

@@ -45,6 +45,18 @@ def as_context(context: ContextParallel | DeviceMesh | None) -> ContextParallel 
     return context
 
 
+def over_ranks(context: ContextParallel | None) -> ContextParallel | None:
+    """``context`` where it deals tokens over several ranks; None where one rank has them all, and a call is local.
+
+    Example:
+        >>> over_ranks(ContextParallel(layout="zigzag")) is None  # in a world of one
+        True
+    """
+    if context is None or resolve_flat_group(context.group, context.mesh) is None:
+        return None
+    return context
+
+
 @run_eagerly("where a shard's rows stand is asked of other ranks: compile without fullgraph")
 def whole_lengths(context: ContextParallel, *shards: Tensor) -> tuple[int, ...]:
     """The tokens of all ranks together, for each of some shards (B, n, ...) that every rank gives.

@@ -17,7 +17,7 @@ from dilated_attention_pytorch.nn.base import check_dropout, compute_dtype
 from dilated_attention_pytorch.nn.cache import KeyValueCache, LayerCache
 from dilated_attention_pytorch.nn.old_keys import DECODER_BLOCK, ENCODER_BLOCK, rename_block_keys
 from dilated_attention_pytorch.nn.positions import Rotation
-from dilated_attention_pytorch.nn.shards import ShardRows, shard_rows
+from dilated_attention_pytorch.nn.shards import ShardRows, over_ranks, shard_rows
 from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Documents, Full, Pattern
 
@@ -329,13 +329,14 @@ class DilatedTransformer(nn.Module):
     ) -> Tensor:
         """All layers' output (B, N, E), normed. When it raises, the cache is as it was.
 
-        Where layers have ``context_parallel``, x and memory are this rank's shards, and ``rows`` says which rows x has;
-        None finds it by a small all-gather.
+        Where layers deal tokens over several ranks, x and memory are this rank's shards, and ``rows`` says which rows x
+        has; None finds it by a small all-gather.
         """
         self._check_memory(memory, memory_key_padding_mask, memory_is_causal, cache, documents)
         past = self._past(cache)
-        if rows is None and self.context_parallel is not None:
-            rows = shard_rows(self.context_parallel, x)
+        context = over_ranks(self.context_parallel)
+        if rows is None and context is not None:
+            rows = shard_rows(context, x)
         rotation = self._rotation(x, past, position_ids, documents, rows)
         try:
             for i, layer in enumerate(self.layers):
