@@ -91,11 +91,11 @@ def check_case(
     if accepted is None:
         return
     problem = accepted
-    check_values(backend, problem, case.pattern, name)
+    expected = check_values(backend, problem, case.pattern, name)
     report.checked += 1
     if dtype == torch.float32:  # what these laws add to law 1 does not depend on the dtype
         for kind in backend.plans:
-            check_cuts(backend, problem, case.pattern, kind, name)
+            check_cuts(backend, problem, case.pattern, kind, name, expected)
             check_causal(backend, problem, case.pattern, kind, name)
             check_padded_alone(backend, problem, case.pattern, kind, name)
             report.checked += 3
@@ -156,14 +156,16 @@ def counts(problem: Problem, pattern: Pattern) -> Tensor:
     return mask.to(problem.q.device)
 
 
-def check_values(backend: Backend, problem: Problem, pattern: Pattern, name: str) -> None:
+def check_values(backend: Backend, problem: Problem, pattern: Pattern, name: str) -> Result:
     """Laws 1, 2 and 6: values, rows without a key, untouched inputs, and no read of memory before it is written.
 
     Backward runs twice: with a gradient of lse, and without one as a share of a larger problem, whose results are to be
-    in the accumulate dtype.
+    in the accumulate dtype. Gives the truth, with the gradient of lse.
     """
     dout, dlse = cotangents(problem)
-    expected = truth(problem, pattern, dout, dlse)
+    expected, seen = truth(problem, pattern, dout, dlse), counts(problem, pattern)
+    share = replace(problem, partial=True)  # float32 and float64 are as they were
+    expected_share = truth(share, pattern, dout, None) if problem.needs_grad else None
     limits = None
     if problem.q.dtype not in LIMITS:
         limits = HalfLimits(problem, pattern, plain(problem, pattern, dout, dlse).errors(expected, dout))
@@ -177,14 +179,12 @@ def check_values(backend: Backend, problem: Problem, pattern: Pattern, name: str
             raise ContractViolation(f"law 6, {name}: an input was written to")
         _check_layout(name, found)
         _compare("law 1", name, problem, found, expected, dout, limits)
-        _check_unseen(name, problem, found, expected, counts(problem, pattern))
-        if not problem.needs_grad:
+        _check_unseen(name, problem, found, expected, seen)
+        if expected_share is None:
             continue
-        share = replace(problem, partial=True)  # float32 and float64 are as they were
         without = run(backend, share, plan, dout, None)
-        _compare(
-            "law 1 of a share, without dlse", name, share, without, truth(share, pattern, dout, None), dout, limits
-        )
+        _compare("law 1 of a share, without dlse", name, share, without, expected_share, dout, limits)
+    return expected
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +292,9 @@ def part_of(problem: Problem, rows: slice, columns: slice) -> Problem:
     )
 
 
-def check_cuts(backend: Backend, problem: Problem, pattern: Pattern, kind: type[Plan], name: str) -> None:
+def check_cuts(
+    backend: Backend, problem: Problem, pattern: Pattern, kind: type[Plan], name: str, expected: Result
+) -> None:
     """Law 4: keys and queries cut anywhere, run apart and merged, are the whole; so are gradients, given global lse."""
     nq, nk = problem.query_length, problem.key_length
     number = zlib.crc32(name.encode())  # different cuts for different cases, the same in every run
@@ -304,7 +306,6 @@ def check_cuts(backend: Backend, problem: Problem, pattern: Pattern, kind: type[
     elif nq > 1 and nk > 1:
         layouts.append(([slice(0, nq, 2), slice(1, nq, 2)], [slice(0, nk, 2), slice(1, nk, 2)]))
     dout, dlse = cotangents(problem)
-    expected = truth(problem, pattern, dout, dlse)
     for rows, columns in layouts:
         found = _run_parts(backend, problem, pattern, kind, rows, columns, dout, dlse)
         if found is not None:
