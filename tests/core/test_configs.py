@@ -76,7 +76,7 @@ def test_a_layer_uses_a_copy_that_nobody_changes():
     with pytest.raises(dataclasses.FrozenInstanceError):
         frozen.dropout = 0.0
     config.dropout = 2.0  # noticed when used
-    with pytest.raises(InvalidInput, match="dropout must be"):
+    with pytest.raises(InvalidInput, match="expected dropout in"):
         config.frozen()
     assert dataclasses.replace(frozen, dropout=0.0).dropout == 0.0
 

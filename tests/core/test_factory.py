@@ -2,6 +2,7 @@
 
 import logging
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def options_of(kind):
 def named_layer(kind):
     if kind.startswith("block_sparse"):
         return BlockSparseAttention(**TABLE), MultiheadBlockSparseAttention(32, 4, **TABLE)
-    op = "sdpa" if kind == "standard" else None
+    op = ("sdpa", "dense") if kind == "standard" else None
     return DilatedAttention(**BRANCHES, op=op), MultiheadDilatedAttention(32, 4, **BRANCHES, op=op)
 
 
@@ -81,8 +82,9 @@ def test_a_kind_is_the_layer_that_it_names(kind):
     ours.load_state_dict(projected.state_dict())
     for a, b in zip(outcome(ours, embeddings), outcome(projected, embeddings)):
         assert torch.equal(a, b)
-    assert ours.attention.context_parallel is None
-    assert ours(embeddings, need_weights=True)[1].shape == (2, 100, 100)
+    hidden = torch.rand(100, 100) < 0.5
+    for a, b in zip(*(layer(embeddings, need_weights=True, attn_mask=hidden) for layer in (ours, projected))):
+        assert torch.equal(a, b)
 
 
 def test_defaults_are_those_of_0_2():
@@ -90,15 +92,20 @@ def test_defaults_are_those_of_0_2():
     assert (layer.embed_dim, layer.num_heads) == (768, 12)
     for attention in (layer.attention, create_dilated_attention()):
         assert (attention.segment_lengths, attention.dilation_rates) == ((2048, 4096, 8192), (1, 2, 4))
-    assert create_dilated_attention(attention_type="standard").backend == "sdpa"
+    assert create_dilated_attention(attention_type="standard").backend == ("sdpa", "dense")
     assert create_multihead_dilated_attention(attention_type="standard", embed_dim=8, num_heads=2).num_heads == 2
     assert create_block_sparse_attention().attention.options["density"] == 0.1
 
 
 def test_standard_computes_what_fused_kernels_cannot_by_matrix_products():
-    assert create_dilated_attention("standard", dropout=0.1).backend == "dense"
-    layer = create_multihead_dilated_attention("standard", 32, 4, **BRANCHES, position="alibi")
-    assert layer(torch.randn(1, 40, 32)).shape == (1, 40, 32)
+    x, hidden = torch.randn(1, 40, 32), torch.rand(40, 40) < 0.5
+    for options, call in (({}, {"attn_mask": hidden}), ({"position": "alibi"}, {})):
+        layer = create_multihead_dilated_attention("standard", 32, 4, **BRANCHES, **options)
+        twin = create_multihead_dilated_attention("improved", 32, 4, **BRANCHES, **options, op="dense")
+        twin.load_state_dict(layer.state_dict())
+        assert torch.equal(layer(x, **call), twin(x, **call))
+    layer = create_multihead_dilated_attention("standard", 32, 4, **BRANCHES, dropout=0.5)
+    assert not torch.equal(layer(x), layer(x))
 
 
 def test_auto_says_what_it_chose_and_why(caplog):
@@ -320,46 +327,66 @@ def test_users_register_layers_of_their_own(monkeypatch):
         register_attention("other", Own, dict)
 
 
-def _on_two_ranks(state, heads, embeddings):
-    """What this rank gets of each kind, in the order of KINDS; and what auto chose."""
+def every_layer():
+    """A layer of each kind of both factories, and of those with a pattern type, by name; equal weights every time."""
+    ways = {
+        "dropped": lambda: create_block_sparse_attention(0.5, "local_window", 32, 4, block_size=16),
+        "dropped, over ranks": lambda: create_block_sparse_attention(
+            0.5, "global_local", 32, 4, block_size=16, context_parallel=ContextParallel(layout="zigzag")
+        ),
+        "adaptive": lambda: create_adaptive_sparse_attention(32, 4, block_size=16),
+        "learned": lambda: create_adaptive_sparse_attention(32, 4, pattern_type="learned", density=0.5, block_size=16),
+    }
+    for kind in (*KINDS, *OLD_KINDS):
+        ways[kind] = partial(create_dilated_attention, kind, **options_of(kind))
+        ways[f"multihead {kind}"] = partial(create_multihead_dilated_attention, kind, 32, 4, **options_of(kind))
+    layers = {}
+    for name, make in ways.items():
+        torch.manual_seed(0)
+        layers[name] = make()
+    return layers
+
+
+def context_of(layer):
+    return getattr(layer, "attention", layer).context_parallel
+
+
+def _on_two_ranks(heads, embeddings):
+    """What this rank gets of each layer, joined; and what auto chose."""
     records = []
     logger = logging.getLogger(factory.__name__)
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    found = []
-    for kind in KINDS:
-        layer = create_dilated_attention(kind, **options_of(kind), distributed_config=DistributedConfig(2))
-        multihead = create_multihead_dilated_attention(kind, 32, 4, **options_of(kind))
-        if kind != "block_sparse":
-            multihead.load_state_dict(state)
-        context = layer.context_parallel
-        assert (context is None) == (kind in ("standard", "improved", "block_sparse")), kind
-        for one, x in ((layer, heads), (multihead, embeddings)):
-            if context is not None:
-                assert one is layer or one.attention.context_parallel == context
-                pieces = [context.unshard(piece) for piece in outcome(one, context.shard(x))]
-            else:
-                pieces = outcome(one, x)
-            found.append(pieces if dist.get_rank() == 0 and kind != "block_sparse" else None)
+    found = {}
+    for name, layer in every_layer().items():
+        x, context = embeddings if hasattr(layer, "attention") else heads, context_of(layer)
+        if context is None:
+            found[name] = outcome(layer, x)
+        else:
+            found[name] = [context.unshard(piece) for piece in outcome(layer, context.shard(x))]
+    methods = {name: context.method for name, layer in every_layer().items() if (context := context_of(layer))}
     ring = create_dilated_attention("auto", **BRANCHES, ring_size=2)
     assert (ring.context_parallel.method, create_dilated_attention().context_parallel.method) == ("ring", "auto")
     create_dilated_attention("ring", distributed_config=DistributedConfig(2, dist.get_rank(), sequence_parallel=True))
     with pytest.raises(InvalidInput, match="no rank holds"):
         create_dilated_attention("block_sparse_ring", enable_adaptive=True)
-    return found, [text for text in records if "auto is" in text]
+    return found, methods, [text for text in records if "auto is" in text]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="worlds are forked")
-def test_on_two_processes_every_kind_computes_the_same_twice():
+def test_on_two_processes_every_factory_and_kind_computes_the_same_twice():
     heads, embeddings = torch.randn(1, 100, 4, 8), torch.randn(2, 100, 32)
-    plain, projected = named_layer("improved")
-    expected = [outcome(plain, heads), outcome(projected, embeddings)]
-    (found, told), (_, others) = run_world(2, _on_two_ranks, projected.state_dict(), heads, embeddings)
-    for pieces, right in zip(found, expected * len(KINDS)):
-        for a, b in zip(pieces or (), right):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert told == others
+    (found, methods, told), (others, _, told_there) = run_world(2, _on_two_ranks, heads, embeddings)
+    for name, layer in every_layer().items():
+        expected = outcome(layer, embeddings if hasattr(layer, "attention") else heads)
+        for a, b, right in zip(found[name], others[name], expected, strict=True):
+            torch.testing.assert_close(a, right, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            assert torch.equal(a, b)
+    rings, shares = ("ring", "ring_distributed", "block_sparse_ring"), ("auto", "distributed", "improved_distributed")
+    expected = dict.fromkeys(rings, "ring") | dict.fromkeys((*shares, "block_sparse_ring_distributed"), "auto")
+    assert methods == {**expected, **{f"multihead {k}": v for k, v in expected.items()}, "dropped, over ranks": "auto"}
+    assert told == told_there
     assert "auto is 'distributed': the default process group has 2 ranks" in told[0]
     assert any("auto is 'ring'" in text for text in told)

@@ -96,7 +96,7 @@ def test_presets_are_layers_by_name():
     assert twin.attention.segment_lengths == (1024, 2048)
     base = LongNetLMConfig(num_tokens=256)
     assert PRESETS["longnet-base"] == {"segment_lengths": base.segment_lengths, "dilation_rates": base.dilation_rates}
-    assert create_attention_from_preset("large", 32, 4, "standard").attention.backend == "sdpa"
+    assert create_attention_from_preset("large", 32, 4, "standard").attention.backend == ("sdpa", "dense")
     with pytest.raises(InvalidInput, match="there is no preset 'largest'; did you mean 'large'"):
         create_attention_from_preset("largest", 32, 4)
     with pytest.raises(TypeError):

@@ -66,7 +66,7 @@ FAILURES = {
         lambda: Check.validate_attention_mask(torch.ones(5, 5, dtype=torch.int), 2, 5),
         "attention_mask must have a boolean or floating dtype, got torch.int32; convert it with .bool()",
     ),
-    "dropout": (lambda: Check.validate_dropout_prob(1.0), "dropout must be at least 0.0 and below 1.0, got 1.0"),
+    "dropout": (lambda: Check.validate_dropout_prob(1.0), "expected dropout in [0, 1). Got 1.0."),
     "head dim": (
         lambda: Check.validate_head_dim(768, 13),
         "embed_dim (768) must be divisible by num_heads (13). Got head_dim=59.08",

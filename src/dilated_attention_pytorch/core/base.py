@@ -102,7 +102,7 @@ class BaseDilatedAttention(PatternAttention, ValidationMixin):
         config: DilatedAttentionConfig,
         *,
         softmax_scale: float | None = None,
-        op: str | None = None,
+        op: str | tuple[str, ...] | None = None,
         context_parallel: ContextParallel | DeviceMesh | None = None,
         cache_size: int = CACHED,
     ) -> None:

@@ -25,7 +25,7 @@ from dilated_attention_pytorch.core.config import (
 )
 from dilated_attention_pytorch.core.fields import one_of
 from dilated_attention_pytorch.core.names import nearest
-from dilated_attention_pytorch.core.ranks import rank_of_world, world_size
+from dilated_attention_pytorch.core.ranks import dealt_by, rank_of_world
 from dilated_attention_pytorch.core.sparse import make_selector, make_table
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.nn import (
@@ -36,13 +36,14 @@ from dilated_attention_pytorch.nn import (
     MultiheadBlockSparseAttention,
     MultiheadDilatedAttention,
 )
-from dilated_attention_pytorch.parallel.context import ContextParallel
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEGMENT_LENGTHS = (2048, 4096, 8192)
 DEFAULT_DILATION_RATES = (1, 2, 4)
 DEFAULT_SIZES = {"embed_dim": 768, "num_heads": 12}
+STANDARD = ("sdpa", "dense")
+"""The backends of the kind "standard": PyTorch's fused kernels, or else its matrix products."""
 DROPPED = 0.9
 """`create_block_sparse_attention`'s share of blocks dropped, unless given."""
 
@@ -126,7 +127,7 @@ def create_dilated_attention(
     checked against the process group.
 
     Over several ranks a layer takes and gives this rank's shards. "ring" and "distributed" on one process are local.
-    "standard" computes what PyTorch's fused kernels cannot (dropout, scores) by its matrix products.
+    "standard" computes what PyTorch's fused kernels cannot (dropout, masks, scores) by its matrix products.
 
     Raises InvalidInput for kinds and options that are not understood, with the nearest name, and for values that do not
     go together.
@@ -400,13 +401,10 @@ def _layer_options(found: _Found, shared: set[str]) -> dict[str, Any]:
     found.refuse_unknown(known)
     options = dict(found.options)
     if found.kind == "standard":
-        beyond = found.config.dropout > 0 or options.get("position") == "alibi" or options.get("score") is not None
-        options["op"] = "dense" if beyond else "sdpa"
-    if found.maker.method is not None and options.get("context_parallel") is None:
-        ranks = world_size()
-        if ranks > 1:
-            options["context_parallel"] = ContextParallel(method=found.maker.method)
-        logger.info("%s: %r over %d rank(s)%s", found.caller, found.kind, ranks, "" if ranks > 1 else ": local")
+        options["op"] = STANDARD
+    if found.maker.method is not None:
+        options["context_parallel"] = dealt_by(found.maker.method, options.get("context_parallel"))
+        logger.info("%s: %r by %s", found.caller, found.kind, options["context_parallel"])
     return options
 
 
@@ -420,7 +418,6 @@ def _heads(found: _Found) -> nn.Module:
     if config.is_adaptive:
         options = _layer_options(found, _HEADS | {"num_heads", "head_dim"})
         selector, budget = make_selector(config, options.pop("num_heads", None), options.pop("head_dim", None))
-        _check_one_process(found, options)
         return AdaptiveSparseAttention(selector, budget, attention_dropout=config.dropout, **options)
     options = _layer_options(found, _HEADS)
     return BlockSparseAttention(attention_dropout=config.dropout, **{**make_table(config), **options})
@@ -438,18 +435,9 @@ def _projected(found: _Found, sizes: MultiheadConfig) -> nn.Module:
         return MultiheadDilatedAttention(**shared, **branches, **options)
     if not config.is_adaptive:
         return MultiheadBlockSparseAttention(**{**shared, **make_table(config), **options})
-    _check_one_process(found, options)
     selector, budget = make_selector(config, sizes.num_heads, sizes.head_dim, options.get("num_kv_heads"))
     made = MultiheadAdaptiveSparseAttention(selector=selector, budget=budget, **shared, **options)
     return made.to(device=shared["device"], dtype=shared["dtype"])  # the gate too
-
-
-def _check_one_process(found: _Found, options: dict[str, Any]) -> None:
-    if options.pop("context_parallel", None) is not None:
-        raise InvalidInput(
-            f"{found.caller}: blocks are chosen from all queries and keys, which no rank holds; take a fixed "
-            "pattern_type, or kind 'block_sparse', whose tokens are not dealt over ranks"
-        )
 
 
 def _register(

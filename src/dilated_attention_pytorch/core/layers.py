@@ -6,6 +6,7 @@ describes what is done raises InvalidInput with the way to get it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from dilated_attention_pytorch.core.config import (
     RingAttentionConfig,
     SparseAttentionConfig,
 )
+from dilated_attention_pytorch.core.fields import Config
+from dilated_attention_pytorch.core.ranks import dealt_by
 from dilated_attention_pytorch.core.sparse import make_table
 from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.models import LongNet, LongNetLM
@@ -49,6 +52,8 @@ __all__ = [
     "SparsePatternConfig",
 ]
 
+logger = logging.getLogger(__name__)
+
 Device = torch.device | str | None
 SPARSE_TYPES = (*(kind for kind in PATTERN_TYPES if kind != "learned"), "hierarchical", "strided")
 """What `SparsePatternConfig.pattern_type` may be."""
@@ -74,7 +79,7 @@ class ImprovedDilatedAttention(DilatedAttention):
         use_tf32: bool = True,
         **options: Any,
     ) -> None:
-        DilatedAttentionConfig(tuple(segment_lengths), tuple(dilation_rates), dropout, use_tf32).frozen()
+        DilatedAttentionConfig(segment_lengths, dilation_rates, dropout, use_tf32).frozen()
         super().__init__(segment_lengths, dilation_rates, attention_dropout=dropout, **options)
 
 
@@ -103,21 +108,10 @@ class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
         use_tf32: bool = True,
         **options: Any,
     ) -> None:
-        DilatedAttentionConfig(tuple(segment_lengths), tuple(dilation_rates), dropout, use_tf32).frozen()
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dilation_rates,
-            segment_lengths,
-            dropout,
-            bias,
-            layer_norm,
-            layer_norm_eps,
-            gamma_init,
-            device,
-            dtype,
-            **options,
-        )
+        DilatedAttentionConfig(segment_lengths, dilation_rates, dropout, use_tf32).frozen()
+        options |= {"layer_norm": layer_norm, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init}
+        options |= {"device": device, "dtype": dtype}
+        super().__init__(embed_dim, num_heads, dilation_rates, segment_lengths, dropout, bias, **options)
 
 
 class RingDilatedAttention(DilatedAttention):
@@ -126,8 +120,8 @@ class RingDilatedAttention(DilatedAttention):
     Each rank gives and gets its shard of the tokens, as `ContextParallel.shard` cuts them; ``context_parallel`` sets
     another group, mesh, layout or method. On one process it takes the whole sequence, and every backend works block by
     block: memory beyond the tensors stays bounded at any length. ``use_tf32``, ``block_size``, ``ring_size`` and
-    ``use_checkpointing`` are those of `RingAttentionConfig`. The layer has no parameters: ``device`` and ``dtype`` are
-    those of its inputs.
+    ``use_checkpointing`` are those of `RingAttentionConfig`. The layer has no parameters: it computes with its
+    inputs' device and dtype, and a warning says so where others are named.
 
     Example:
         >>> q = torch.randn(1, 100, 4, 16)
@@ -150,22 +144,12 @@ class RingDilatedAttention(DilatedAttention):
         context_parallel: ContextParallel | None = None,
         **options: Any,
     ) -> None:
-        RingAttentionConfig(
-            tuple(segment_lengths),
-            tuple(dilation_rates),
-            dropout,
-            use_tf32,
-            block_size=block_size,
-            ring_size=ring_size,
-            use_checkpointing=use_checkpointing,
-        ).frozen()
-        super().__init__(
-            segment_lengths,
-            dilation_rates,
-            attention_dropout=dropout,
-            context_parallel=ContextParallel(method="ring") if context_parallel is None else context_parallel,
-            **options,
-        )
+        _check_ring(segment_lengths, dilation_rates, dropout, use_tf32, block_size, ring_size, use_checkpointing)
+        for name, value in (("device", device), ("dtype", dtype)):
+            if value is not None:
+                logger.warning("RingDilatedAttention: %s=%s changes nothing: it computes with its inputs'", name, value)
+        options["context_parallel"] = dealt_by("ring", context_parallel)
+        super().__init__(segment_lengths, dilation_rates, attention_dropout=dropout, **options)
 
 
 class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
@@ -203,32 +187,12 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         context_parallel: ContextParallel | None = None,
         **options: Any,
     ) -> None:
-        RingAttentionConfig(
-            tuple(segment_lengths),
-            tuple(dilation_rates),
-            dropout,
-            use_tf32,
-            block_size=block_size,
-            ring_size=ring_size,
-            use_checkpointing=use_checkpointing,
-        ).frozen()
+        _check_ring(segment_lengths, dilation_rates, dropout, use_tf32, block_size, ring_size, use_checkpointing)
         _only(use_flash_attention=(use_flash_attention, True, "name another backend by op=, such as op='dense'"))
         _only(compile_model=(compile_model, False, "compile the layer by torch.compile(layer)"))
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dilation_rates,
-            segment_lengths,
-            dropout,
-            bias,
-            layer_norm,
-            layer_norm_eps,
-            gamma_init,
-            device,
-            dtype,
-            context_parallel=ContextParallel(method="ring") if context_parallel is None else context_parallel,
-            **options,
-        )
+        options |= {"layer_norm": layer_norm, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init}
+        options |= {"device": device, "dtype": dtype, "context_parallel": dealt_by("ring", context_parallel)}
+        super().__init__(embed_dim, num_heads, dilation_rates, segment_lengths, dropout, bias, **options)
 
 
 class DistributedMultiheadDilatedAttention(MultiheadDilatedAttention):
@@ -249,26 +213,17 @@ class DistributedMultiheadDilatedAttention(MultiheadDilatedAttention):
         dilation_rates: Sequence[int],
         segment_lengths: Sequence[int],
         dropout: float = 0.0,
-        op: str | None = None,
+        op: str | tuple[str, ...] | None = None,
         *,
         context_parallel: ContextParallel | None = None,
         **options: Any,
     ) -> None:
-        context = ContextParallel() if context_parallel is None else context_parallel
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dilation_rates,
-            segment_lengths,
-            dropout,
-            op=op,
-            context_parallel=context,
-            **options,
-        )
+        options |= {"op": op, "context_parallel": dealt_by("auto", context_parallel)}
+        super().__init__(embed_dim, num_heads, dilation_rates, segment_lengths, dropout, **options)
 
 
-@dataclass(frozen=True)
-class SparsePatternConfig:
+@dataclass
+class SparsePatternConfig(Config):
     """Which blocks are kept: the options of `nn.BlockSparseAttention` under the names of 0.2.
 
     ``sparsity_ratio`` is, as it was here in 0.2, the share of blocks that is **kept**; ``density`` says the same
@@ -301,10 +256,7 @@ class SparsePatternConfig:
                 "decides, use AdaptiveSparseAttention."
             )
         _only(adaptation_rate=(self.adaptation_rate, 0.1, "use AdaptiveSparseAttention, which adapts on every call"))
-        for name in ("block_size", "local_window_size", "global_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInput(f"expected {name} of at least 1 token. Got {value!r}.")
+        self._check_counts("block_size", "local_window_size", "global_tokens")
         kept = self.kept
         if kept is None:
             if self.pattern_type not in _WITH_WINDOW:
@@ -368,19 +320,11 @@ class BlockSparseRingDilatedAttention(BlockSparseAttention):
         context_parallel: ContextParallel | None = None,
         **options: Any,
     ) -> None:
-        RingAttentionConfig(
-            tuple(segment_lengths),
-            tuple(dilation_rates),
-            dropout,
-            use_tf32,
-            block_size=block_size,
-            ring_size=ring_size,
-            use_checkpointing=use_checkpointing,
-        ).frozen()
+        _check_ring(segment_lengths, dilation_rates, dropout, use_tf32, block_size, ring_size, use_checkpointing)
         config = _check_sparse(sparse_config, use_adaptive_sparsity)
         super().__init__(
             attention_dropout=dropout,
-            context_parallel=ContextParallel(method="ring") if context_parallel is None else context_parallel,
+            context_parallel=dealt_by("ring", context_parallel),
             **config.make_table(segment_lengths, dilation_rates),
             **options,
         )
@@ -405,8 +349,8 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
         **options: Any,
     ) -> None:
         config = SparsePatternConfig("hierarchical") if distributed_config is None else distributed_config
-        context = ContextParallel() if context_parallel is None else context_parallel
-        super().__init__(segment_lengths, dilation_rates, config, context_parallel=context, **options)
+        options["context_parallel"] = dealt_by("auto", context_parallel)
+        super().__init__(segment_lengths, dilation_rates, config, **options)
 
 
 class BlockSparseRingMultiheadDilatedAttention(MultiheadBlockSparseAttention):
@@ -440,7 +384,7 @@ class BlockSparseRingMultiheadDilatedAttention(MultiheadBlockSparseAttention):
         context_parallel: ContextParallel | None = None,
         **options: Any,
     ) -> None:
-        RingAttentionConfig(tuple(segment_lengths), tuple(dilation_rates), dropout, ring_size=ring_size).frozen()
+        RingAttentionConfig(segment_lengths, dilation_rates, dropout, ring_size=ring_size).frozen()
         _only(batch_first=(batch_first, True, "tensors are (B, N, E): call the layer on x.transpose(0, 1)"))
         config = _check_sparse(sparse_config, use_adaptive_sparsity)
         super().__init__(
@@ -451,10 +395,24 @@ class BlockSparseRingMultiheadDilatedAttention(MultiheadBlockSparseAttention):
             layer_norm=layer_norm,
             device=device,
             dtype=dtype,
-            context_parallel=ContextParallel(method="ring") if context_parallel is None else context_parallel,
+            context_parallel=dealt_by("ring", context_parallel),
             **config.make_table(segment_lengths, dilation_rates),
             **options,
         )
+
+
+def _check_ring(
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    dropout: float,
+    use_tf32: bool,
+    block_size: int,
+    ring_size: int | None,
+    use_checkpointing: bool,
+) -> None:
+    """Raise InvalidInput, and warn of advice, as the config of a ring does where it is used."""
+    branches, places = (segment_lengths, dilation_rates, dropout, use_tf32), (None, None)
+    RingAttentionConfig(*branches, *places, block_size, ring_size, use_checkpointing).frozen()
 
 
 def _check_sparse(config: SparsePatternConfig | None, use_adaptive_sparsity: bool) -> SparsePatternConfig:
@@ -469,7 +427,7 @@ def _check_sparse(config: SparsePatternConfig | None, use_adaptive_sparsity: boo
         return SparsePatternConfig()
     if not isinstance(config, SparsePatternConfig):
         raise InvalidInput(f"expected sparse_config to be a SparsePatternConfig. Got {type(config).__name__}.")
-    return config
+    return config.frozen()
 
 
 def _only(**given: tuple[object, object, str]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.nn.base import check_dropout
 from dilated_attention_pytorch.nn.multihead import check_heads
 
 
@@ -124,8 +125,7 @@ got 3 and 2
     @staticmethod
     def validate_dropout_prob(dropout: float, name: str = "dropout") -> None:
         """``dropout`` is a probability below 1: with 1 nothing would be left."""
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-            raise InvalidInput(f"{name} must be at least 0.0 and below 1.0, got {dropout!r}")
+        check_dropout(name, dropout)
 
     @staticmethod
     def validate_head_dim(embed_dim: int, num_heads: int) -> int:

@@ -14,7 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch.compiling import run_eagerly
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.base import PatternAttention, check_max_length, check_weights, place_rows, weights_of
+from dilated_attention_pytorch.nn.base import (
+    PatternAttention,
+    check_max_length,
+    check_weights,
+    first_that_can,
+    place_rows,
+    weights_of,
+)
 from dilated_attention_pytorch.nn.multihead import MultiheadPatternAttention
 from dilated_attention_pytorch.nn.shards import over_ranks
 from dilated_attention_pytorch.parallel.context import ContextParallel
@@ -52,8 +59,8 @@ class AdaptiveSparseAttention(PatternAttention):
     ``selected`` is the last choice, and ``overlaps`` has the Jaccard index of each new one with the one before, where
     both are tables of one size. None of this is in the state_dict.
 
-    ``max_length`` (tokens), when given, is checked. Other options as in `DilatedAttention`. Raises InvalidInput for
-    options that are not legal.
+    ``max_length`` (tokens), when given, is checked. ``context_parallel`` may be of one rank only. Other options as in
+    `DilatedAttention`. Raises InvalidInput for options that are not legal.
 
     Example:
         >>> attention = AdaptiveSparseAttention(Selector(MeanPooled(), TopBlocks(), block_size=32), budget=0.25)
@@ -71,12 +78,13 @@ class AdaptiveSparseAttention(PatternAttention):
         keep: int = 1,
         softmax_scale: float | None = None,
         attention_dropout: float = 0.0,
-        op: str | None = None,
+        op: str | tuple[str, ...] | None = None,
         pattern: Pattern | None = None,
         score: Score | None = None,
         max_length: int | None = None,
+        context_parallel: ContextParallel | DeviceMesh | None = None,
     ) -> None:
-        super().__init__(softmax_scale, attention_dropout, op, score)
+        super().__init__(softmax_scale, attention_dropout, op, score, context_parallel)
         self.selector = Selector(MeanPooled(), TopBlocks()) if selector is None else selector
         if not callable(self.selector):
             raise InvalidInput(
@@ -200,7 +208,7 @@ class AdaptiveSparseAttention(PatternAttention):
             key_padding_mask=key_padding_mask,
             query_start=query_start,
         )
-        out: Tensor = both(v=value, backend=self.backend)
+        out = first_that_can(self.backend, partial(both, v=value))
         if not need_weights:
             return out
         return out, weights_of(query, key, lambda v: both(v=v, backend="dense"))
@@ -284,7 +292,7 @@ class MultiheadAdaptiveSparseAttention(MultiheadPatternAttention):
         gamma_init: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        op: str | None = None,
+        op: str | tuple[str, ...] | None = None,
         *,
         coarse: bool = False,
         keep: int = 1,
@@ -292,6 +300,7 @@ class MultiheadAdaptiveSparseAttention(MultiheadPatternAttention):
         position: str = "none",
         pattern: Pattern | None = None,
         max_length: int | None = None,
+        context_parallel: ContextParallel | DeviceMesh | None = None,
     ) -> None:
         if position == "xpos" and max_length is None:
             raise InvalidInput("xpos counts from the middle of max_length: give max_length=, or use 'rotary'.")
@@ -306,6 +315,7 @@ class MultiheadAdaptiveSparseAttention(MultiheadPatternAttention):
             op=op,
             pattern=pattern,
             max_length=max_length,
+            context_parallel=context_parallel,
         )
         super().__init__(
             embed_dim,

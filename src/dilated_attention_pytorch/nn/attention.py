@@ -21,9 +21,10 @@ class DilatedAttention(PatternAttention):
 
     ``segment_lengths`` (tokens) and ``dilation_rates`` are equally long lists of branches; ``pattern`` replaces both.
     ``softmax_scale`` None is 1/sqrt(D). ``attention_dropout`` acts in training mode only, and on the CPU on the slow
-    ``dense`` backend, as do masks and ``score``. ``op`` names a backend of `attend`; None picks one. ``head_offset``
-    and ``head_groups`` are those of `longnet`. With ``context_parallel``, a `ContextParallel` or a mesh of one dim,
-    tokens are dealt over ranks: the layer takes and gives this rank's shards (`set_context_parallel`).
+    ``dense`` backend, as do masks and ``score``. ``op`` names a backend of `attend`, or several, of which each call
+    takes the first that can; None picks one. ``head_offset`` and ``head_groups`` are those of `longnet`. With
+    ``context_parallel``, a `ContextParallel` or a mesh of one dim, tokens are dealt over ranks: the layer takes and
+    gives this rank's shards (`set_context_parallel`).
 
     Raises InvalidInput for branches that do not fit, or an ``op`` that is not a backend's name.
 
@@ -39,7 +40,7 @@ class DilatedAttention(PatternAttention):
         dilation_rates: Sequence[int] | None = None,
         softmax_scale: float | None = None,
         attention_dropout: float = 0.0,
-        op: str | None = None,
+        op: str | tuple[str, ...] | None = None,
         *,
         head_offset: str = "modulo",
         head_groups: bool = False,
@@ -93,7 +94,7 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
         gamma_init: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        op: str | None = None,
+        op: str | tuple[str, ...] | None = None,
         *,
         num_kv_heads: int | None = None,
         position: str = "none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dilated_attention_pytorch.attention import attend
 from dilated_attention_pytorch.backends import check_backend_name
 from dilated_attention_pytorch.compiling import run_eagerly
-from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.errors import InvalidInput, NoBackend
 from dilated_attention_pytorch.nn.shards import ShardRows, as_context, over_ranks, whole_shapes
 from dilated_attention_pytorch.parallel.context import ContextParallel
 from dilated_attention_pytorch.patterns import Documents, Pattern
@@ -27,16 +28,17 @@ class PatternAttention(nn.Module):
     """Attention of ready-made heads; which pattern a call has is the subclass's choice.
 
     ``softmax_scale`` None is 1/sqrt(D). ``attention_dropout`` acts in training mode only. ``op`` names a backend of
-    `attend`; None picks one. With ``context_parallel``, a `ContextParallel` or a mesh of one dim, queries, keys, values
-    and the result are this rank's shards; over one rank that is the whole, and calls are as without it. Raises
-    InvalidInput for a probability out of range, or an ``op`` that is no name.
+    `attend`, or several, of which each call takes the first that can; None picks one. With ``context_parallel``, a
+    `ContextParallel` or a mesh of one dim, queries, keys, values and the result are this rank's shards; over one rank
+    that is the whole, and calls are as without it. Raises InvalidInput for a probability out of range, or an ``op``
+    that is no name.
     """
 
     def __init__(
         self,
         softmax_scale: float | None,
         attention_dropout: float,
-        op: str | None,
+        op: str | tuple[str, ...] | None,
         score: Score | None,
         context_parallel: ContextParallel | DeviceMesh | None = None,
     ) -> None:
@@ -121,7 +123,8 @@ class PatternAttention(nn.Module):
             "query_start": query_start,
         }
         dropout_p = self.attention_dropout if self.training else 0.0
-        out: Tensor = attend(query, key, value, pattern, dropout_p=dropout_p, backend=self.backend, **options)
+        call = partial(attend, query, key, value, pattern, dropout_p=dropout_p, **options)
+        out = first_that_can(self.backend, call)
         return (out, dense_weights(query, key, pattern, **options)) if need_weights else out
 
     @run_eagerly("attention over several ranks sends and receives on the host: compile without fullgraph")
@@ -139,7 +142,8 @@ class PatternAttention(nn.Module):
         dropout_p = self.attention_dropout if self.training else 0.0
         if dropout_p > 0:
             rows = None  # ranks must agree on a seed
-        out: Tensor = self.context_parallel.attend(
+        call = partial(
+            self.context_parallel.attend,
             query,
             key,
             value,
@@ -150,9 +154,8 @@ class PatternAttention(nn.Module):
             query_start=query_start,
             dropout_p=dropout_p,
             total_length=None if rows is None else rows.length,
-            backend=self.backend,
         )
-        return out
+        return first_that_can(self.backend, call)
 
 
 def _check_shards(attention_mask: Tensor | None, need_weights: bool) -> None:
@@ -168,8 +171,26 @@ def _check_shards(attention_mask: Tensor | None, need_weights: bool) -> None:
         )
 
 
-def check_op(op: object) -> str:
-    """The backend that ``op`` names; None is "auto". InvalidInput for anything that is not a name.
+def first_that_can(backend: str | tuple[str, ...], call: Callable[..., Tensor]) -> Tensor:
+    """``call(backend=name)`` with the first of these names that raises no NoBackend; the last one's is raised.
+
+    Example:
+        >>> from dilated_attention_pytorch import Causal
+        >>> x, bias = torch.zeros(1, 2, 1, 4), torch.zeros(2, 2)  # a bias is nothing for fused kernels
+        >>> first_that_can(("sdpa", "dense"), partial(attend, x, x, x, Causal(), bias=bias)).shape
+        torch.Size([1, 2, 1, 4])
+    """
+    names = (backend,) if isinstance(backend, str) else backend
+    for name in names[:-1]:
+        try:
+            return call(backend=name)
+        except NoBackend:
+            continue
+    return call(backend=names[-1])
+
+
+def check_op(op: object) -> str | tuple[str, ...]:
+    """The backend that ``op`` names, or those; None is "auto". InvalidInput for anything that is not a name.
 
     Example:
         >>> check_op(None), check_op("dense")
@@ -177,11 +198,16 @@ def check_op(op: object) -> str:
     """
     if op is None:
         return "auto"
+    if isinstance(op, tuple) and op:
+        for name in op:
+            check_op(name)
+        return op
     if not isinstance(op, str):
         kind = op.__name__ if isinstance(op, type) else type(op).__name__
         raise InvalidInput(
-            f"expected op to be the name of a backend of attend ('dense', 'sdpa', ...) or None. Got {kind}; operators "
-            "of xformers are not taken any more: use op=None, which picks the fastest backend that can."
+            f"expected op to be the name of a backend of attend ('dense', 'sdpa', ...), a tuple of such, or None. "
+            f"Got {kind}; operators of xformers are not taken any more: use op=None, which picks the fastest backend "
+            "that can."
         )
     check_backend_name(op)
     return op
