@@ -94,3 +94,17 @@ def test_merge_into_is_merge_in_place():
     torch.testing.assert_close(out, expected[0].squeeze(2))
     torch.testing.assert_close(lse, expected[1].squeeze(1))
     assert torch.equal(out[0], part_out[0])
+
+
+def test_a_running_lse_in_float64_keeps_what_float32_rounds_away():
+    parts = [(torch.randn(1, 50, 1, 4), 6 + torch.rand(1, 1, 50)) for _ in range(20)]
+    exact_out, exact_lse = merge(*[(out.double(), lse.double()) for out, lse in parts])
+    errors = {}
+    for dtype in (torch.float64, torch.float32):
+        out, lse = parts[0][0].transpose(1, 2).clone(), parts[0][1].to(dtype)
+        for part_out, part_lse in parts[1:]:
+            merge_into(out, lse, part_out.transpose(1, 2), part_lse)
+        assert (out.dtype, lse.dtype) == (torch.float32, dtype)
+        torch.testing.assert_close(out.transpose(1, 2).double(), exact_out, rtol=0, atol=1e-6)
+        errors[dtype] = float((lse - exact_lse).abs().max())
+    assert errors[torch.float64] < 1e-12 < 1e-7 < errors[torch.float32]

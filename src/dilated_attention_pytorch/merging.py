@@ -50,8 +50,15 @@ def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> 
     """Merge a part into the running ``out (..., D)`` and ``lse (...)`` in place.
 
     The weight of the part is ``sigmoid(part_lse - lse)``: 1 where nothing was seen before, which `lerp` takes exactly,
-    and 0 where the part saw nothing (part_lse -inf).
+    and 0 where the part saw nothing (part_lse -inf). The running ``lse`` may be in float64 whatever ``out`` is in: in
+    float32 it is rounded at every merge, and over many parts these roundings are larger than the parts' own errors.
+
+    Example:
+        >>> out, lse = torch.zeros(1, 2), torch.zeros(1, dtype=torch.float64)
+        >>> merge_into(out, lse, torch.ones(1, 2), torch.zeros(1))
+        >>> out.tolist(), round(lse.item(), 4)
+        ([[0.5, 0.5]], 0.6931)
     """
     weight = torch.sigmoid(part_lse - lse).masked_fill_(part_lse == -torch.inf, 0)
-    out.lerp_(part_out, weight.unsqueeze(-1))
+    out.lerp_(part_out, weight.unsqueeze(-1).to(out.dtype))
     lse.copy_(torch.logaddexp(lse, part_lse))

@@ -212,6 +212,27 @@ def test_a_plan_is_made_once():
     assert plans[0] is plans[1]
 
 
+@pytest.mark.parametrize(("size", "halved"), [(2, False), (8, True)])
+@pytest.mark.parametrize("pattern", [Full(), Causal(), longnet([80], [2])])
+def test_no_softmax_sums_more_than_half_of_what_it_sees(pattern, size, halved):
+    problem, most = whole_problem(1, 80, 80, 2, 2), 40 // pattern.branches()[0].dilation_rate
+    worlds, shares = planned(problem, pattern, "contiguous", size)
+    found = []
+    for world, p in zip(worlds, shares):
+        plan = plan_of(p, pattern, world)
+        came = torch.arange(sum(plan.receive_counts) * 8.0).view(-1, 8)
+        for bundle in plan.bundles:
+            rows = gather._Rows(bundle, p)
+            parts = list(rows.parts(came))
+            assert torch.equal(torch.cat([rows.keys[:, keys] for _, keys in parts], 1), bundle.keys.expand())
+            for part, keys in parts:
+                assert torch.equal(torch.cat((part.k, part.v), -1)[:, :, 0], came[rows.keys[:, keys]])
+                assert torch.equal(part.q, p.q[rows.queries])
+                assert part.key_length <= most
+            found.append(len(parts))
+    assert set(found) == ({1} if not halved else {2} if pattern != Causal() else {1, 2})
+
+
 def test_reasons():
     problem = whole_problem(1, 30, 30, 2, 2)
     worlds, shares = planned(problem, Full(), "contiguous", 2)

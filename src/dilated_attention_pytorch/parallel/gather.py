@@ -6,6 +6,7 @@ together. What came is then dense problems in places of the grids, whose results
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,7 @@ from dilated_attention_pytorch.parallel.runs import partial_backward, partial_fo
 from dilated_attention_pytorch.parallel.traffic import Traffic
 from dilated_attention_pytorch.parallel.wire import start_all_to_all
 from dilated_attention_pytorch.parallel.world import World
-from dilated_attention_pytorch.patterns import Pattern
+from dilated_attention_pytorch.patterns import Full, Pattern
 from dilated_attention_pytorch.problem import Problem, positions_end
 from dilated_attention_pytorch.scores import Softcap
 
@@ -72,7 +73,8 @@ def forward(
     """(out, lse) of this rank's queries in the accumulate dtype, and the rows that came, which backward wants again."""
     p = problem
     if world.size == 1:
-        return *partial_forward(p, pattern, backend), ()
+        out, lse = partial_forward(p, pattern, backend)
+        return out, lse.to(p.accumulate_dtype), ()
     assert world.group is not None, "this world is only planned"
     plan = _plan(p, pattern, world)
     place = plan.sent_rows()
@@ -82,11 +84,12 @@ def forward(
     pending.wait()
     for bundle in plan.bundles:
         rows = _Rows(bundle, p)
-        part_out, part_lse = attention.forward(rows.problem(came), bundle.shape.pattern, backend=backend)
         own_out, own_lse = out[rows.queries], lse[rows.lse]
-        merge_into(own_out.transpose(1, 2), own_lse, part_out.transpose(1, 2), part_lse)
+        for part, _ in rows.parts(came):
+            part_out, part_lse = attention.forward(part, bundle.shape.pattern, backend=backend)
+            merge_into(own_out.transpose(1, 2), own_lse, part_out.transpose(1, 2), part_lse)
         out[rows.queries], lse[rows.lse] = own_out, own_lse
-    return out, lse, (came,)
+    return out, lse.to(p.accumulate_dtype), (came,)
 
 
 def backward(
@@ -111,17 +114,11 @@ def backward(
     for bundle in plan.bundles:
         rows = _Rows(bundle, p)
         own_dlse = None if dlse is None else dlse[rows.lse]
-        grads = attention.backward(
-            rows.problem(came),
-            bundle.shape.pattern,
-            dout[rows.queries],
-            own_dlse,
-            out[rows.queries],
-            lse[rows.lse],
-            backend=backend,
-        )
-        shares.append((rows.queries, grads.q))
-        back[rows.keys] += torch.cat((grads.k, grads.v), -1).squeeze(2)
+        given = dout[rows.queries], own_dlse, out[rows.queries], lse[rows.lse]
+        for part, keys in rows.parts(came):
+            grads = attention.backward(part, bundle.shape.pattern, *given, backend=backend)
+            shares.append((rows.queries, grads.q))
+            back[rows.keys[:, keys]] += torch.cat((grads.k, grads.v), -1).squeeze(2)
     pending, returned = start_all_to_all(world.group, back, plan.receive_counts, plan.send_counts)
     own = partial_backward(p, pattern, dout, dlse, out, lse, backend)
     for place, share in shares:
@@ -144,21 +141,30 @@ class _Rows:
         self.lse = sample[:, None, None], head[:, :, None], row[:, None, :]  # (E, t, n)
         self.keys = bundle.keys.expand()  # (E, m)
 
-    def problem(self, came: Tensor) -> Problem:
-        """The dense problem: a sample for each entry, one kv head."""
+    def parts(self, came: Tensor) -> Iterator[tuple[Problem, slice]]:
+        """The dense problem, whole or each half of its keys alone, and which; a sample for each entry, one kv head.
+
+        In a large world nearly all keys come from other ranks. Computed at once they would be less exact than what two
+        ranks merge, an own half and another; so they are halves too where they outnumber the queries, which stand for
+        the rank's own keys.
+        """
         p, shape = self._problem, self._bundle.shape
-        k, v = came[self.keys].unsqueeze(2).split((p.k.shape[3], p.v.shape[3]), -1)  # (E, m, 1, D)
-        return replace(
-            p,
-            q=p.q[self.queries],
-            k=k,
-            v=v,
-            query_positions=(shape.queries,),
-            key_positions=(shape.keys,),
-            key_lengths=None,
-            of_heads=None,
-            partial=True,
-        )
+        q, (n, m) = p.q[self.queries], (shape.queries.length, shape.keys.length)
+        middle = m // 2 if m > n and shape.pattern == Full() else 0
+        for keys in (slice(0, middle), slice(middle, m)) if middle else (slice(0, m),):
+            k, v = came[self.keys[:, keys]].unsqueeze(2).split((p.k.shape[3], p.v.shape[3]), -1)  # (E, m, 1, D)
+            part = replace(
+                p,
+                q=q,
+                k=k,
+                v=v,
+                query_positions=(shape.queries,),
+                key_positions=(shape.keys._replace(length=k.shape[1]) if middle else shape.keys,),
+                key_lengths=None,
+                of_heads=None,
+                partial=True,
+            )
+            yield part, keys
 
 
 def _plan(problem: Problem, pattern: Pattern, world: World) -> GatherPlan:

@@ -71,7 +71,7 @@ def forward(
         if step.needed.slices:
             part_out, part_lse = partial_forward(transfers.problem(number), pattern, backend)
             merge_into(out.transpose(1, 2), lse, part_out.transpose(1, 2), part_lse)
-    return out, lse, ()
+    return out, lse.to(p.accumulate_dtype), ()
 
 
 def backward(

@@ -32,7 +32,7 @@ class _Piece(NamedTuple):
 
 
 def partial_forward(problem: Problem, pattern: Pattern, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """(out, lse) of a problem whose rows stand anywhere, both in the accumulate dtype.
+    """(out, lse) of a problem whose rows stand anywhere: out in the accumulate dtype, lse in float64 to be merged in.
 
     Example:
         >>> from dilated_attention_pytorch import Causal
@@ -48,7 +48,7 @@ def partial_forward(problem: Problem, pattern: Pattern, backend: str = "auto") -
         part_out = part_out.to(dtype)
         if out is None or lse is None:
             if part_out.shape[1] == p.query_length:
-                out, lse = part_out, part_lse
+                out, lse = part_out, part_lse.double()
                 continue
             out, lse = _nothing(p)
         rows = piece.queries
@@ -67,6 +67,7 @@ def partial_backward(
 ) -> Gradients:
     """The share that a problem's pairs have in the gradients, in the accumulate dtype, given the global out and lse."""
     p, dtype = problem, problem.accumulate_dtype
+    lse = lse.to(dtype)
     total: Gradients | None = None
     for piece in _pieces(p, pattern):
         rows, keys = piece.queries, piece.keys
@@ -99,7 +100,7 @@ def check_backend(problem: Problem, pattern: Pattern, backend: str) -> None:
 
 def _nothing(p: Problem) -> tuple[Tensor, Tensor]:
     out = p.q.new_zeros((p.batch, p.query_length, p.num_heads, p.v.shape[3]), dtype=p.accumulate_dtype)
-    return out, out.new_full((p.batch, p.num_heads, p.query_length), -torch.inf)
+    return out, out.new_full((p.batch, p.num_heads, p.query_length), -torch.inf, dtype=torch.float64)
 
 
 def _no_gradients(p: Problem) -> Gradients:

@@ -87,6 +87,13 @@ def test_every_cut_and_every_plan_gives_the_truth(name):
             check(run(problem, plan, options), expected)
 
 
+def test_lse_is_hardly_worse_than_its_own_rounding():
+    problem = make(n=500, heads=8)
+    expected = true(problem, Full())[1]
+    error, rounding = (x - expected for x in (run(problem, strided(Full(), problem))[1], expected.float()))
+    assert error.square().mean() < (1.8 * rounding.square().mean().sqrt()) ** 2  # 2 where powers of two are rounded
+
+
 @pytest.mark.parametrize("vector", ["avx2", "portable"])
 @pytest.mark.parametrize("name", ["non-nesting", "slopes"])
 def test_other_builds_give_the_same(vector, name):

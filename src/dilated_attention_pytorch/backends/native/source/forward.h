@@ -176,7 +176,8 @@ static void finish(Work *w, char *rows, int64_t stride, int dtype, float *lse, i
   for (int64_t x = 0; x < n; x += W) {
     vf l = load(w->l + x), m = load(w->m + x);
     vi unseen = (vi)(l == 0.0f);
-    vf row = (m + log2v(l)) * LN2 + (l - l); /* the last term is NaN where the sum is no number */
+    vf row = m * LN2 + log2v(l) * LN2; /* not (m + log2 l) * LN2: base 2 has larger numbers, and their roundings */
+    row += l - l;                      /* NaN where the sum is no number */
     store(result + x, choose(unseen, all(-INFINITY), row));
     store(w->l + x, choose(unseen, (vf){0}, 1.0f / l));
   }
