@@ -77,6 +77,46 @@ def test_multihead_layers_project_the_definition(kind: str) -> None:
     assert (layer.norm is None) == (kind == "blocks")
 
 
+def with_masks() -> dict[str, list[torch.Tensor]]:
+    """What every layer gives for masks, padding and weights, of the same numbers; and those of nn with blocks."""
+    torch.manual_seed(0)
+    rows, x = [torch.randn(2, LENGTH, 4, 8) for _ in range(3)], torch.randn(2, LENGTH, 32)
+    hidden = torch.rand(LENGTH, LENGTH) < 0.4
+    padding = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [LENGTH - 11]])
+    table = BLOCKS.make_table(SEGMENTS, RATES)
+    found = {}
+    for kind, make in {**HEADS, "blocks of nn": lambda: nn.BlockSparseAttention(**table)}.items():
+        layer = make()
+        found[kind] = [*layer(*rows, attention_mask=~hidden, need_weights=True)]
+        found[kind] += layer(*rows, True, (~hidden).float().log(), key_padding_mask=padding, need_weights=True)
+    twin = {"blocks of nn": lambda: nn.MultiheadBlockSparseAttention(32, 4, layer_norm=False, **table)}
+    for kind, make in {**EMBEDDED, **twin}.items():
+        torch.manual_seed(1)
+        layer, ends = make(), []
+        for masks in (
+            {"attn_mask": hidden},
+            {"attn_mask": torch.rand(8, LENGTH, LENGTH)},
+            {"key_padding_mask": padding},
+        ):
+            ends += layer(x, is_causal=True, need_weights=True, **masks)
+            ends += layer(x, need_weights=True, average_attn_weights=False, **masks)
+        found[f"embedded {kind}"] = ends
+    return found
+
+
+def test_on_one_process_and_in_a_group_of_one_every_layer_has_masks_and_weights() -> None:
+    alone = with_masks()
+    (grouped,) = run_world(1, with_masks)
+    for kind, ends in alone.items():
+        embedded = "embedded " if kind.startswith("embedded") else ""
+        plain = alone[embedded + ("blocks of nn" if "blocks" in kind else "plain")]
+        for found, there, expected in zip(ends, grouped[kind], plain, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(there, expected, rtol=0, atol=1e-6)
+    mean, each = alone["embedded ring"][1], alone["embedded ring"][3]
+    assert (mean.shape, each.shape) == ((2, LENGTH, LENGTH), (2, 4, LENGTH, LENGTH))
+
+
 def test_two_processes_give_what_one_does() -> None:
     # A shard of each rank, on a ring of two; `unshard` joins them.
     def work():
@@ -201,6 +241,8 @@ REFUSED = [
     (lambda: RingMultiheadDilatedAttention(32, 4, SEGMENTS, RATES, use_flash_attention=False), "op="),
     (lambda: RingDilatedAttention(SEGMENTS, RATES, ring_size=4), "ring_size"),
     (lambda: RingDilatedAttention(SEGMENTS, RATES, block_size=0), "block_size"),
+    (lambda: RingMultiheadDilatedAttention(32, 4, SEGMENTS, RATES, use_tf32=None), "use_tf32 must be True or False"),
+    (lambda: SparsePatternConfig.from_dict({"density": 0.5, "patterns": 1}), "has no field 'patterns'"),
     (lambda: ImprovedDilatedAttention(SEGMENTS, RATES, op="nonsense"), "nonsense"),
 ]
 
@@ -209,3 +251,21 @@ REFUSED = [
 def test_what_cannot_be_is_refused_with_the_way_to_mend_it(make, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         make()
+
+
+def test_layers_over_ranks_wait_for_the_process_group_that_torchrun_promised(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for kind in ("ring", "distributed", "blocks"):
+        with pytest.raises(InvalidInput, match="init_process_group before"):
+            EMBEDDED[kind]()
+    assert RingDilatedAttention(SEGMENTS, RATES, context_parallel=ContextParallel()).context_parallel.method == "auto"
+    assert EMBEDDED["improved"]().attention.context_parallel is None
+
+
+def test_a_layer_without_parameters_says_that_it_has_no_device_or_dtype(caplog) -> None:
+    RingDilatedAttention(SEGMENTS, RATES, device="meta", dtype=torch.float64)
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.split(" changes nothing")[0] for text in told] == [
+        "RingDilatedAttention: device=meta",
+        "RingDilatedAttention: dtype=torch.float64",
+    ]

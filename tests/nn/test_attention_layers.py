@@ -102,7 +102,7 @@ def test_op_names_a_backend():
 def test_positional_order_of_0_2():
     def names(function):
         parameters = inspect.signature(function).parameters.values()
-        return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY][1:]
+        return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
     assert names(DilatedAttention.__init__) == [
         *("segment_lengths", "dilation_rates", "softmax_scale", "attention_dropout", "op")
@@ -116,6 +116,8 @@ def test_positional_order_of_0_2():
         *("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "is_causal"),
         "average_attn_weights",
     ]
+    with pytest.raises(TypeError, match="colour"):
+        MultiheadDilatedAttention(8, 2, [1], [4])(torch.zeros(1, 5, 8), colour="red")
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,8 @@ class MultiheadAdaptiveSparseAttention(MultiheadPatternAttention):
 
     ``selector``, ``budget``, ``coarse``, ``keep``, ``pattern`` and ``max_length`` are those of
     `AdaptiveSparseAttention`, which is the module ``attention``; the others are those of `MultiheadDilatedAttention`.
-    ``position="xpos"`` counts from the middle of ``max_length``, and needs it.
+    ``position="xpos"`` counts from the middle of ``max_length``, and needs it. A call takes another layer's choice as
+    ``selected``.
 
     Example:
         >>> chooser = Selector(MeanPooled(), TopBlocks(), block_size=32)
@@ -330,37 +331,6 @@ class MultiheadAdaptiveSparseAttention(MultiheadPatternAttention):
             num_kv_heads=num_kv_heads,
             position=position,
             segment_lengths=None if max_length is None else (max_length,),
-        )
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        average_attn_weights: bool = True,
-        *,
-        selected: Pattern | None = None,
-        **options: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `MultiheadDilatedAttention.forward`, whose further keywords are ``options``.
-
-        ``selected`` is another layer's choice, as in `AdaptiveSparseAttention.forward`.
-        """
-        return self._forward(
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            is_causal,
-            average_attn_weights,
-            selected=selected,
-            **options,
         )
 
 

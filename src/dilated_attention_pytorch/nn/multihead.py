@@ -102,7 +102,7 @@ class MultiheadPatternAttention(nn.Module):
         query_start: int | None = None,
         documents: Documents | None = None,
         cache: LayerCache | None = None,
-        rows: ShardRows | None = None,
+        **inner: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The layer's output (B, Nq, E) for ``query (B, Nq, E)``, ``key`` and ``value (B, Nk, E)``; None is the query.
 
@@ -116,47 +116,12 @@ class MultiheadPatternAttention(nn.Module):
         row of the first query among the keys; None makes queries the last rows. Pattern and positions restart in each
         of ``documents``, so that a packed sample equals the sample alone. ``cache`` is read, and keeps the new keys and
         values: self-attention under torch.no_grad(), in one process. Where tokens are dealt over ranks, documents and
-        ``query_start`` are those of the whole sequence, and position_ids those of this rank's rows; ``rows`` as in
-        `PatternAttention.forward`.
+        ``query_start`` are those of the whole sequence, and position_ids those of this rank's rows. ``inner`` are
+        further keywords of ``attention``, the layer of heads: ``rows`` of `PatternAttention.forward`, ``selected`` of
+        `AdaptiveSparseAttention.forward`.
 
         Raises InvalidInput for shapes, dtypes and options that do not fit; nothing is cached then.
         """
-        return self._forward(
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            is_causal,
-            average_attn_weights,
-            position_ids=position_ids,
-            rotation=rotation,
-            query_start=query_start,
-            documents=documents,
-            cache=cache,
-            **({} if rows is None else {"rows": rows}),
-        )
-
-    def _forward(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        average_attn_weights: bool = True,
-        *,
-        position_ids: Tensor | None = None,
-        rotation: Rotation | None = None,
-        query_start: int | None = None,
-        documents: Documents | None = None,
-        cache: LayerCache | None = None,
-        **inner: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `forward`; ``inner`` are further keywords of the attention of heads."""
         is_self = (key is None or key is query) and (value is None or value is query)
         key, value = query if key is None else key, query if value is None else value
         self._check_rows(query=query, key=key, value=value)

@@ -176,7 +176,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
             rotation=rotation,
             documents=documents,
             cache=cache,
-            rows=rows,
+            **({} if rows is None else {"rows": rows}),
         )
         src = src + self.dropout(added)
         return src + self.feed_forward(src)  # type: ignore[no-any-return]
