@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.backends.base import Gradients
 from dilated_attention_pytorch.backends.kernel import Kernel, Mask
-from dilated_attention_pytorch.memory import Workspace, empty
+from dilated_attention_pytorch.memory import Workspace, empty, zeros
 from dilated_attention_pytorch.merging import merge_into
 from dilated_attention_pytorch.plans import StridedPlan
 from dilated_attention_pytorch.plans.strided import Chunk, Piece, Rows
@@ -33,8 +33,8 @@ class StridedWalk:
     def forward(self, problem: Problem, plan: StridedPlan) -> tuple[Tensor, Tensor]:
         """Out (B, Nq, H, D) in the dtype of results and lse (B, H, Nq) in the accumulate dtype."""
         p = problem
-        out = empty(p.q.shape, p.result_dtype, p.q.device)
-        lse = empty((p.batch, p.num_heads, p.query_length), p.accumulate_dtype, p.q.device)
+        out = empty(p.q.shape, p.result_dtype, p.q.device, "results")
+        lse = empty((p.batch, p.num_heads, p.query_length), p.accumulate_dtype, p.q.device, "results")
         work = _Buffers(p, self)
         for block in _blocks(p, plan, self):
             block_out, block_lse = _forward_block(block, p, work)
@@ -49,10 +49,10 @@ class StridedWalk:
         p, limit = problem, self.kernel.max_head_dim
         if dlse is not None and limit is not None and p.q.shape[3] + self.kernel.columns > limit:
             return self._lse_apart(p, plan, dout, dlse, out, lse)
-        dq = empty(p.q.shape, p.result_dtype, p.q.device)
+        dq = empty(p.q.shape, p.result_dtype, p.q.device, "results")
         shared = p.kv_group > 1  # several query heads add to one kv head: sum in the accumulate dtype
         kv_dtype = p.accumulate_dtype if shared else p.result_dtype
-        dk, dv = (torch.zeros(x.shape, dtype=kv_dtype, device=x.device) for x in (p.k, p.v))
+        dk, dv = (zeros(x.shape, kv_dtype, x.device, "results") for x in (p.k, p.v))
         work = _Buffers(p, self)
         for block in _blocks(p, plan, self):
             grads = _backward_block(block, p, work, dout, dlse, out, lse)
@@ -80,7 +80,7 @@ class _Buffers:
     def __init__(self, problem: Problem, walk: StridedWalk) -> None:
         device = problem.q.device
         self.kernel, self.dtype = walk.kernel, walk.dtype
-        self.packed, self.sums = Workspace(walk.dtype, device), Workspace(problem.accumulate_dtype, device)
+        self.packed, self.sums = (Workspace(dtype, device, "work") for dtype in (walk.dtype, problem.accumulate_dtype))
         self._device, self._masks = device, dict[object, Tensor]()
 
     def mask(self, piece: Piece) -> Mask:

@@ -44,8 +44,8 @@ class TiledWalk:
     def forward(self, problem: Problem, plan: TilePlan) -> tuple[Tensor, Tensor]:
         """Out (B, Nq, H, D) in the dtype of results and lse (B, H, Nq) in the accumulate dtype."""
         p = problem
-        out = empty(p.q.shape, p.result_dtype, p.q.device)
-        lse = empty((p.batch, p.num_heads, p.query_length), p.accumulate_dtype, p.q.device)
+        out = empty(p.q.shape, p.result_dtype, p.q.device, "results")
+        lse = empty((p.batch, p.num_heads, p.query_length), p.accumulate_dtype, p.q.device, "results")
         if p.q.numel() == 0 or p.k.numel() == 0:
             return out.zero_(), lse.fill_(-torch.inf)
         work = _Buffers(p, plan, self)
@@ -60,7 +60,7 @@ class TiledWalk:
     ) -> Gradients:
         """The gradients through the plan's pairs, given the global out and lse."""
         p = problem
-        grads = Gradients(*(empty(x.shape, p.result_dtype, x.device) for x in (p.q, p.k, p.v)))
+        grads = Gradients(*(empty(x.shape, p.result_dtype, x.device, "results") for x in (p.q, p.k, p.v)))
         if p.q.numel() == 0 or p.k.numel() == 0:
             return Gradients(*(x.zero_() for x in grads[:3]))
         work = _Buffers(p, plan, self, 0 if dlse is None else self.kernel.columns)
@@ -93,7 +93,7 @@ class _Buffers:
         self.problem, self.plan, self.walk, self.kernel = problem, plan, walk, walk.kernel
         device, dim = problem.q.device, problem.q.shape[3]
         self.extra, self.width = extra, dim + extra
-        self.packed, self.sums = Workspace(walk.dtype, device), Workspace(problem.accumulate_dtype, device)
+        self.packed, self.sums = (Workspace(dtype, device, "tiles") for dtype in (walk.dtype, problem.accumulate_dtype))
         self.q_size, self.k_size = (
             min(size, n) for size, n in zip(plan.block_size, (problem.query_length, problem.key_length))
         )

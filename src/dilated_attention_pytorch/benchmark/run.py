@@ -25,6 +25,7 @@ from dilated_attention_pytorch.benchmark.grid import measure_grid
 from dilated_attention_pytorch.benchmark.locality import measure_orders, order_steps, order_tables
 from dilated_attention_pytorch.benchmark.measure import spread_text
 from dilated_attention_pytorch.benchmark.parallel import measure_parallel, parallel_steps, parallel_tables
+from dilated_attention_pytorch.benchmark.pools import measure_pools, pool_steps, pool_tables
 from dilated_attention_pytorch.benchmark.selectors import measure_selectors, selector_steps, selector_tables
 from dilated_attention_pytorch.benchmark.sparse import measure_sparse, sparse_steps, sparse_tables
 from dilated_attention_pytorch.benchmark.winners import measure_winners, winner_steps, winner_tables
@@ -115,6 +116,7 @@ STUDIES: dict[str, Study] = {
     "orders": Study("measuring orders of a grid", order_steps, measure_orders, order_tables),
     "winners": Study("measuring where each way wins", winner_steps, measure_winners, winner_tables),
     "parallel": Study("measuring context parallelism", parallel_steps, measure_parallel, parallel_tables),
+    "pools": Study("measuring memory pools", pool_steps, measure_pools, pool_tables),
 }
 """By the name of the file that their results are stored in."""
 

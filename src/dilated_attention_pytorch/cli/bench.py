@@ -1,4 +1,4 @@
-"""`dilated-attention bench`: speed, auto against the best, sparse attention, many ranks; printed and stored."""
+"""`dilated-attention bench`: speed, auto against the best, sparse attention, many ranks, pools; printed and stored."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dilated_attention_pytorch.cli.console import err, out
 from dilated_attention_pytorch.cli.evaluate import LATEST
 from dilated_attention_pytorch.errors import InvalidInput
 
-STUDIES = ("sparse", "selectors", "orders", "winners", "parallel")
+STUDIES = ("sparse", "selectors", "orders", "winners", "parallel", "pools")
 PARTS = ("all", "speed", "grid", *STUDIES)
 
 
 def bench(
     only: Annotated[
-        str, typer.Option(help="all, or one part: speed, grid, sparse, selectors, orders, winners or parallel.")
+        str, typer.Option(help="all, or one part: speed, grid, sparse, selectors, orders, winners, parallel or pools.")
     ] = "all",
     shapes: Annotated[str, typer.Option(help="Which shapes the speed part measures: letters of A, B, C.")] = "ABC",
     threads: Annotated[str, typer.Option(help="Thread counts of the speed part, separated by commas.")] = "1,2",
@@ -57,6 +57,8 @@ def bench(
 
     [bold]parallel[/bold]: a ring of two processes against one process with two threads; bytes that each method of
     context parallelism brings to a rank; how even the layouts are.
+
+    [bold]pools[/bold]: time and peak memory with a memory pool and without, for each use that it could have.
 
     [bold]Examples[/bold]
 

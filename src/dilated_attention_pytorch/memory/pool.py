@@ -26,10 +26,10 @@ from dilated_attention_pytorch.errors import InvalidInput
 from dilated_attention_pytorch.memory.config import MemoryPoolConfig, device_of
 from dilated_attention_pytorch.memory.hooks import watch
 from dilated_attention_pytorch.memory.placement import Topology, machine_topology, node_finder
+from dilated_attention_pytorch.memory.poison import is_poisoned, poisoned
 from dilated_attention_pytorch.memory.pressure import Room, memory_room
 from dilated_attention_pytorch.memory.snapshot import MIB, Allocation, PoolSnapshot, PoolStatistics, Span
 from dilated_attention_pytorch.memory.strategies import Arena, Bytes, Extent, SizeClasses, Slices, Strategy
-from dilated_attention_pytorch.memory.workspace import is_poisoned, poisoned
 
 POOL_TYPES = ("default", "ring", "sparse", "distributed")
 COLD_SECONDS = 30.0  # a cold buffer is dropped so long after the pool learned of its return

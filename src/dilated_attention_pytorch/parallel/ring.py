@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dilated_attention_pytorch.backends import Gradients
+from dilated_attention_pytorch.memory import empty
 from dilated_attention_pytorch.merging import merge_into
 from dilated_attention_pytorch.parallel.runs import partial_backward, partial_forward
 from dilated_attention_pytorch.parallel.sight import Part, sources
@@ -141,7 +142,7 @@ class _Transfers:
         self.row_size = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
         longest = max((step.needed.length for step in self.steps), default=0)
         count = min(2, sum(bool(step.needed.slices) for step in self.steps))
-        self.buffers = [k.new_empty(longest * self.row_size) for _ in range(count)]
+        self.buffers = [empty((longest * self.row_size,), k.dtype, k.device, "ring") for _ in range(count)]
         self.filled: dict[int, Tensor] = {}
         self.pending: dict[int, Pending] = {}
         self.packed: dict[Positions, Tensor] = {}
@@ -172,9 +173,9 @@ class _Transfers:
 
     def give_back(self, number: int, share: Tensor | None) -> _Returning:
         """Start sending a step's gradients to where its rows came from, and receiving such for this rank's rows."""
-        step = self.steps[number]
+        step, own = self.steps[number], self.own
         sends = [] if share is None else [(step.source, share)]
-        received = self.own.k.new_empty(step.given.length * self.row_size, dtype=self.own.accumulate_dtype)
+        received = empty((step.given.length * self.row_size,), own.accumulate_dtype, own.k.device, "ring")
         receives = [(step.receiver, received)] if step.given.slices else []
         return _Returning(start_exchange(self._group, sends, receives), received, step.given)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dilated_attention_pytorch.memory import empty
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,6 @@ def start_all_to_all(
 
     The received rows may be read after `wait`.
     """
-    received = torch.empty((sum(receive_counts), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+    received = empty((sum(receive_counts), *rows.shape[1:]), rows.dtype, rows.device, "exchange")
     work = dist.all_to_all_single(received, rows, list(receive_counts), list(send_counts), group=group, async_op=True)
     return Pending(() if work is None else (work,), (rows, received)), received

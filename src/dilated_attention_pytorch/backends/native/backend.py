@@ -16,7 +16,7 @@ from dilated_attention_pytorch.backends.native.structs import Array, Lists, Nati
 from dilated_attention_pytorch.backends.native.tables import strided_tables, tiled_tables
 from dilated_attention_pytorch.backends.ordered import backward_in_order, forward_in_order
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.memory import empty
+from dilated_attention_pytorch.memory import empty, zeros
 from dilated_attention_pytorch.plans import OrderedPlan, Plan, StridedPlan, TilePlan
 from dilated_attention_pytorch.plans.planner import LARGEST_TILE
 from dilated_attention_pytorch.problem import Problem, positions_end, positions_tensor
@@ -96,8 +96,8 @@ class NativeBackend(Backend):
         if isinstance(plan, OrderedPlan):
             return forward_in_order(self, problem, plan)
         p = problem
-        out = empty((p.batch, p.query_length, p.num_heads, p.v.shape[3]), p.result_dtype, "cpu")
-        lse = empty((p.batch, p.num_heads, p.query_length), torch.float32, "cpu")
+        out = empty((p.batch, p.query_length, p.num_heads, p.v.shape[3]), p.result_dtype, "cpu", "results")
+        lse = empty((p.batch, p.num_heads, p.query_length), torch.float32, "cpu", "results")
         call = _Call(self.options, p, plan)
         call.native.out, call.native.lse, call.native.out_dtype = (
             Array.of_rows(out),
@@ -113,7 +113,7 @@ class NativeBackend(Backend):
         if isinstance(plan, OrderedPlan):
             return backward_in_order(self, problem, plan, dout, dlse, out, lse)
         p = problem
-        grads = [torch.zeros(x.shape, dtype=torch.float32) for x in (p.q, p.k, p.v)]
+        grads = [zeros(x.shape, torch.float32, "cpu", "results") for x in (p.q, p.k, p.v)]
         dout, out = _rows(dout.to(p.q.dtype)), _rows(out)
         lse = lse.contiguous()
         delta = empty(lse.shape, torch.float32, "cpu")
