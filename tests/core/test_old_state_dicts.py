@@ -1,5 +1,8 @@
 """Weights saved by 0.1 and 0.2 load into the layers of now, or the error says which keys cannot and why."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,8 @@ from dilated_attention_pytorch.core.layers import (
     BlockSparseRingMultiheadDilatedAttention,
     DilatedTransformerDecoderLayer,
     DilatedTransformerEncoderLayer,
+    DistributedMultiheadDilatedAttention,
+    ImprovedMultiheadDilatedAttention,
     MultiheadDilatedAttention,
     RingMultiheadDilatedAttention,
     SparsePatternConfig,
@@ -50,8 +55,7 @@ def attended(x: Tensor, old: dict[str, Tensor]) -> Tensor:
 
 
 def make(kind=MultiheadDilatedAttention):
-    branches = (RATES, SEGMENTS) if kind is MultiheadDilatedAttention else (SEGMENTS, RATES)
-    return kind(WIDTH, HEADS, *branches)
+    return kind(WIDTH, HEADS, segment_lengths=SEGMENTS, dilation_rates=RATES)
 
 
 def test_separate_projections_of_0_1() -> None:
@@ -99,9 +103,10 @@ def test_normalised_queries_and_keys_of_0_2_are_refused_with_the_way_to_the_rest
     assert torch.equal(layer.qkv_proj.weight[WIDTH : 2 * WIDTH], old["k_proj.weight"])
 
 
-def encoder_of_old() -> dict[str, Tensor]:
+def encoder_of_old(attention: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    attention = {**separate(), **norm("norm")} if attention is None else attention
     parts = norm("norm1"), norm("norm2"), norm("norm3", 24), linear("linear1", 24), linear("linear2", WIDTH, 24)
-    return {**under("self_attn", {**separate(), **norm("norm")}), **{k: x for part in parts for k, x in part.items()}}
+    return {**under("self_attn", attention), **{k: x for part in parts for k, x in part.items()}}
 
 
 def test_encoder_layers_load_inside_a_stack_too() -> None:
@@ -162,3 +167,100 @@ def test_weights_of_now_are_left_alone() -> None:
             rename(renamed)
             assert renamed.keys() == state.keys()
         model.load_state_dict(state)
+
+
+def fused() -> dict[str, Tensor]:
+    return {**linear("qkv_proj", 3 * WIDTH), **linear("out_proj")}
+
+
+def block(kind=DilatedTransformerEncoderLayer):
+    return kind(WIDTH, HEADS, SEGMENTS, RATES, 24, activation="relu")
+
+
+def small(kind):
+    sizes = (20,) if kind is LongNetLM else ()
+    return kind(*sizes, WIDTH, HEADS, 1, 1, segment_lengths=SEGMENTS, dilation_rates=RATES, dim_feedforward=24)
+
+
+def normed() -> dict[str, Tensor]:
+    return {**separate(), **norm("q_ln"), **norm("k_ln")}
+
+
+def decoder_of_old() -> dict[str, Tensor]:
+    return {**encoder_of_old(), **under("multihead_attn", {**separate(), **norm("norm")}), **norm("norm4", 24)}
+
+
+ROWS = {
+    "0.1 `MultiheadDilatedAttention`, `DistributedMultiheadDilatedAttention`": [
+        (make, lambda: {**separate(), **norm("norm")}, None),
+        (lambda: make(DistributedMultiheadDilatedAttention), lambda: {**separate(), **norm("norm")}, None),
+    ],
+    "0.2 `ImprovedMultiheadDilatedAttention`, `RingMultiheadDilatedAttention`, ring distributed": [
+        (partial(make, kind), lambda: under("attention_core", {**fused(), **norm("q_ln"), **norm("k_ln")}), None)
+        for kind in (ImprovedMultiheadDilatedAttention, RingMultiheadDilatedAttention)
+    ],
+    "0.2 `BlockSparseRingMultiheadDilatedAttention`": [
+        (lambda: make(BlockSparseRingMultiheadDilatedAttention), lambda: under("qkv_projection", fused()), None),
+        (
+            lambda: make(BlockSparseRingMultiheadDilatedAttention),
+            lambda: {**under("qkv_projection", fused()), **norm("layer_norm")},
+            r"\['layer_norm.bias', 'layer_norm.weight'\].*normalised the result of the output projection",
+        ),
+    ],
+    "0.1 `DilatedTransformerEncoderLayer`": [(block, lambda: encoder_of_old(), None)],
+    "0.2 `MultiheadDilatedAttention` with `layer_norm=False`": [
+        (lambda: MultiheadDilatedAttention(WIDTH, HEADS, RATES, SEGMENTS, layer_norm=False), separate, None)
+    ],
+    "0.2 `MultiheadDilatedAttention` with `layer_norm=True`, encoder layers that hold it": [
+        (make, normed, r"\['k_ln.bias', 'k_ln.weight', 'q_ln.bias', 'q_ln.weight'\].*normalised queries and keys"),
+        (
+            block,
+            lambda: {
+                k: x for k, x in {**encoder_of_old(), **under("self_attn", normed())}.items() if ".norm." not in k
+            },
+            r"'self_attn.k_ln.bias'.*'self_attn.q_ln.weight'\].*normalised queries and keys",
+        ),
+    ],
+    "decoder layers, `LongNet`, `LongNetLM`": [
+        (
+            lambda: block(DilatedTransformerDecoderLayer),
+            decoder_of_old,
+            r"\['multihead_attn.norm.bias', 'multihead_attn.norm.weight'\].*had the sub-LayerNorm in cross-attention",
+        ),
+        (
+            lambda: small(LongNet),
+            lambda: {**under("encoder.layers.0", encoder_of_old()), **under("decoder.layers.0", decoder_of_old())},
+            r"'encoder.layers.0.norm1.*were encoder and decoder without a LayerNorm",
+        ),
+        (
+            lambda: small(LongNetLM),
+            lambda: {**under("long_net.encoder.layers.0", encoder_of_old()), **linear("token_embedding")},
+            r"'long_net.encoder.layers.0.*with xPos added to embeddings",
+        ),
+    ],
+}
+PAGE = (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
+
+
+def test_the_page_s_rows_are_those_tested_here() -> None:
+    table = PAGE[PAGE.index("| saved by |") :].split("\n\n")[0].splitlines()[2:]
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1] for line in table}
+    assert list(rows) == list(ROWS)
+    for name, cases in ROWS.items():
+        assert ("refused" in rows[name]) == all(reason is not None for _, _, reason in cases)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_row_of_the_page_loads_or_says_which_keys_cannot_and_why(name: str) -> None:
+    for build, save, reason in ROWS[name]:
+        layer, old = build(), save()
+        before = {key: x.clone() for key, x in layer.state_dict().items()}
+        if reason is None:
+            assert str(layer.load_state_dict(old)) == "<All keys matched successfully>"
+            kept = [x.flatten() for x in layer.state_dict().values()]
+            old = {key: x for key, x in old.items() if "k_ln" not in key}
+            assert torch.equal(torch.cat(kept).sort()[0], torch.cat([x.flatten() for x in old.values()]).sort()[0])
+        else:
+            with pytest.raises(InvalidInput, match=reason):
+                layer.load_state_dict(old)
+            assert all(torch.equal(x, before[key]) for key, x in layer.state_dict().items())
