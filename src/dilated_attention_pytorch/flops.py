@@ -52,8 +52,11 @@ def counted_pairs(pattern: Pattern, problem: Problem, plans: Sequence[Plan] = ()
     if every <= EXACT_PAIRS and not _is_shape_only(p.q):
         return int(DensePlan(pattern).expand(p).sum()), True
     known = (plans or candidate_plans(pattern, p)) if pattern.tables else ()
-    tiles = next((plan for plan in known if isinstance(plan, OrderedPlan | TilePlan)), None)
-    return (every, False) if tiles is None else (tiles.counted_pairs(p), True)
+    for plan in known:
+        held = plan.tiles if isinstance(plan, OrderedPlan) else plan
+        if isinstance(held, TilePlan) and isinstance(plan, OrderedPlan | TilePlan):
+            return plan.counted_pairs(p), True
+    return every, False
 
 
 def forward_flops(pairs: int, head_dim: int, value_dim: int) -> int:

@@ -7,9 +7,9 @@ import torch
 
 from dilated_attention_pytorch import Causal, Dilated, Documents, Window
 from dilated_attention_pytorch.patterns import BlockSparse, global_local, random_blocks
-from dilated_attention_pytorch.patterns.base import And, Sum
+from dilated_attention_pytorch.patterns.base import And, Block, Sum
 from dilated_attention_pytorch.patterns.documents import Packed
-from dilated_attention_pytorch.plans import DensePlan, orders, tile_plan, tiles
+from dilated_attention_pytorch.plans import DensePlan, orders, tile_plan, tile_search
 from dilated_attention_pytorch.problem import Run, make_problem
 
 
@@ -27,13 +27,13 @@ def counts_table(*shape, most=2):
 def read(monkeypatch):
     """How many tiles were read pair by pair."""
     numbers = []
-    counts = tiles._Reader.counts
+    counts = tile_search.Reader.counts
 
     def counted(self, chosen, block_size):
         numbers.append(len(chosen.q))
         return counts(self, chosen, block_size)
 
-    monkeypatch.setattr(tiles._Reader, "counts", counted)
+    monkeypatch.setattr(tile_search.Reader, "counts", counted)
     return numbers
 
 
@@ -108,9 +108,9 @@ def test_bounds_of_tiles_that_cross_documents_hold_and_are_near():
     packed = Documents([5, 9, 0, 6]).of(BlockSparse(3, counts_table(3, 3)) & Causal())
     mask = packed.to_mask(1, 20)[0]
     low = torch.arange(0, 20, 4)
-    block = tiles.Block(low, low + 3, torch.ones_like(low))
+    block = Block(low, low + 3, torch.ones_like(low))
     least, most = packed.count_bounds(
-        torch.zeros(1, 1), 1, *(tiles.Block(*(x.view(s) for x in block)) for s in ((-1, 1), (1, -1)))
+        torch.zeros(1, 1), 1, *(Block(*(x.view(s) for x in block)) for s in ((-1, 1), (1, -1)))
     )
     cells = mask.unflatten(1, (5, 4)).unflatten(0, (5, 4))
     assert bool((least <= cells.amin((1, 3))).all())
@@ -163,7 +163,7 @@ def test_seen_is_where_blocks_of_rows_meet_cells_that_are_not_empty():
     mask = pattern.to_mask(2, 40, 48, query_start=0) > 0  # rows and columns past the table too
     for rows, columns in ((4, 6), (1, 3), (8, 16), (40, 12), (5, 48)):
         q, k = (
-            tiles.Block(low, low + size - 1, torch.ones_like(low))
+            Block(low, low + size - 1, torch.ones_like(low))
             for low, size in ((torch.arange(0, 40, rows), rows), (torch.arange(0, 48, columns), columns))
         )
         expected = mask.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).amax((2, 4))

@@ -144,7 +144,9 @@ def test_tables_that_would_be_too_large_are_not_made(monkeypatch):
     for _ in range(8):
         many = many + many
     assert tile_plan(many, problem_of(8, heads=1), (8, 8)).full_count.max() == 256
-    assert tile_plan(many & Causal(), problem_of(8, heads=1), (8, 8)) is None, "256 does not fit in 8 bits"
+    mixed = tile_plan(many & Causal(), problem_of(8, heads=1), (8, 8))
+    assert mixed.counts.dtype == torch.int32, "256 does not fit in 8 bits"
+    assert torch.equal(mixed.expand(problem_of(8, heads=1)), DensePlan(many & Causal()).expand(problem_of(8, heads=1)))
     pattern = Documents([40, 24]) & Dilated(16, 2)
     monkeypatch.setattr(tiles, "TABLE_BYTES", 64)
     assert tile_plan(pattern, problem_of(64), (16, 16)) is None

@@ -3,6 +3,7 @@
 from dilated_attention_pytorch.plans.base import DensePlan, Plan
 from dilated_attention_pytorch.plans.orders import OrderedPlan, RowOrder, ordered_plan, residue_order
 from dilated_attention_pytorch.plans.planner import candidate_plans
+from dilated_attention_pytorch.plans.ranges import TileRanges, tile_ranges
 from dilated_attention_pytorch.plans.strided import StridedPlan
 from dilated_attention_pytorch.plans.tiles import TilePlan, tile_plan
 
@@ -13,8 +14,10 @@ __all__ = [
     "RowOrder",
     "StridedPlan",
     "TilePlan",
+    "TileRanges",
     "candidate_plans",
     "ordered_plan",
     "residue_order",
     "tile_plan",
+    "tile_ranges",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -86,3 +86,9 @@ def block_counts(pattern: Pattern, problem: Problem, head: Tensor, q: Tensor, k:
         lengths = torch.tensor(problem.key_lengths, device=k.device).view(-1, 1, 1, 1)
         counts = counts * (k < lengths)
     return counts
+
+
+def shapes_of(problem: Problem) -> Problem:
+    """The problem without its numbers: shapes, dtype, device and positions; keeps no tensor alive."""
+    q, k, v = (x.new_empty(1).expand(x.shape) for x in (problem.q, problem.k, problem.v))
+    return replace(problem, q=q, k=k, v=v, bias=None, score=None, dropout_p=0.0, seed=None)

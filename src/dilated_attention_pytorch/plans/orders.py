@@ -23,6 +23,7 @@ from dilated_attention_pytorch.patterns import BlockSparse, Dilated, Pattern
 from dilated_attention_pytorch.patterns.base import And
 from dilated_attention_pytorch.patterns.documents import Packed
 from dilated_attention_pytorch.plans.base import Plan
+from dilated_attention_pytorch.plans.ranges import TileRanges, tile_ranges
 from dilated_attention_pytorch.plans.tiles import BLOCK_SIZE, TilePlan, tile_plan, visited_tiles
 from dilated_attention_pytorch.problem import Positions, Problem, Run, positions_end, positions_tensor
 
@@ -147,10 +148,20 @@ def _compose(positions: Positions, rows: Positions) -> Positions:
 
 @dataclass(frozen=True, eq=False)
 class OrderedPlan(Plan):
-    """The problem with its rows in another order, as tiles: ``tiles`` is the plan of ``order.applied(problem)``."""
+    """The problem with its rows in another order, as tiles: ``tiles`` is the plan of ``order.applied(problem)``.
+
+    They are `TileRanges` where all tables at once would be too large; `parts` gives the tables of either.
+    """
 
     order: RowOrder
-    tiles: TilePlan
+    tiles: TilePlan | TileRanges
+
+    def parts(self) -> Iterator[TilePlan]:
+        """The tables, each with all tiles of its own blocks of queries."""
+        if isinstance(self.tiles, TileRanges):
+            yield from self.tiles.parts()
+        else:
+            yield self.tiles
 
     @property
     def kind(self) -> str:
@@ -176,8 +187,7 @@ class OrderedPlan(Plan):
 def ordered_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> OrderedPlan | None:
     """The tile plan of the best order by residues, or None where `residue_order` finds none, or `tile_plan` fails.
 
-    Blocks of queries that tables were chosen for stand in tiles of their own; such a pattern moves no row but by its
-    `key_classes`.
+    Of a pattern with tables that were chosen from data, the `chosen_plan`, or None where that is in row order.
 
     Example:
         >>> from dilated_attention_pytorch.problem import make_problem
@@ -186,14 +196,40 @@ def ordered_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int]
         >>> plan.tiles.num_tiles, plan.tiles.density
         (16, 0.015625)
     """
-    fixed, chosen = fixed_classes(pattern), chosen_rows(pattern)
-    order = residue_order(pattern, problem, block_size) if fixed is not None or chosen is None else None
-    queries = None if chosen is None else rows_apart(problem.query_positions, chosen, block_size[0])
-    if queries is not None:
-        keys = (Run(0, 1, problem.key_length),) if order is None else order.keys
-        order = RowOrder.of(queries, keys, problem.q.device)
+    if fixed_classes(pattern) is not None or chosen_rows(pattern) is not None:
+        plan = chosen_plan(pattern, problem, block_size)
+        return plan if isinstance(plan, OrderedPlan) else None
+    order = residue_order(pattern, problem, block_size)
     tiles = None if order is None else tile_plan(pattern, order.placed(problem), block_size)
     return None if order is None or tiles is None else OrderedPlan(pattern, order, tiles)
+
+
+def chosen_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> OrderedPlan | TilePlan:
+    """The tile plan of a pattern with tables that were chosen from data: they do not say how a row is summed (law 5).
+
+    Blocks of queries that tables were chosen for stand in tiles of their own; no row moves but by `key_classes`. Tables
+    that would be too large are `TileRanges`, with the same sums.
+
+    Example:
+        >>> from dilated_attention_pytorch.problem import make_problem
+        >>> from dilated_attention_pytorch.selection import SelectedTiles
+        >>> chosen = SelectedTiles(BlockSparse(24, torch.eye(3, dtype=torch.bool)), Dilated(96, 2))
+        >>> q = torch.zeros(1, 72, 1, 8)
+        >>> chosen_plan(chosen, make_problem(q, q, q, scale=1.0, query_start=0), (16, 16)).order.queries[:2]
+        (Run(start=0, step=1, length=24), Run(start=23, step=0, length=8))
+    """
+    chosen, whole = chosen_rows(pattern), (Run(0, 1, problem.key_length),)
+    order = residue_order(pattern, problem, block_size) if fixed_classes(pattern) is not None else None
+    queries = None if chosen is None else rows_apart(problem.query_positions, chosen, block_size[0])
+    if queries is not None:
+        order = RowOrder.of(queries, whole if order is None else order.keys, problem.q.device)
+    placed = problem if order is None else order.placed(problem)
+    tiles = tile_plan(pattern, placed, block_size)
+    if tiles is None:
+        if order is None:
+            order = RowOrder.of((Run(0, 1, problem.query_length),), whole, problem.q.device)
+        return OrderedPlan(pattern, order, tile_ranges(pattern, placed, block_size))
+    return tiles if order is None else OrderedPlan(pattern, order, tiles)
 
 
 def block_rows(positions: Positions, block: int) -> npt.NDArray[np.int64]:

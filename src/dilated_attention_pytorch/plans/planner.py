@@ -7,7 +7,6 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from dilated_attention_pytorch.patterns import BlockSparse, Branch, Documents, Pattern
 from dilated_attention_pytorch.patterns.base import And, Sum
-from dilated_attention_pytorch.plans.base import DensePlan, Plan
-from dilated_attention_pytorch.plans.orders import block_rows, chosen_rows, fixed_classes, ordered_plan
+from dilated_attention_pytorch.plans.base import DensePlan, Plan, shapes_of
+from dilated_attention_pytorch.plans.orders import block_rows, chosen_plan, chosen_rows, fixed_classes, ordered_plan
 from dilated_attention_pytorch.plans.pieces import Span, chunk_pieces
 from dilated_attention_pytorch.plans.strided import Chunk, HeadSlice, Piece, StridedPlan
 from dilated_attention_pytorch.plans.tiles import BLOCK_SIZE, tile_plan, visited_tiles
@@ -115,15 +114,15 @@ def digest(table: Tensor) -> tuple[object, ...]:
 def _tiled(pattern: Pattern, problem: Problem, size: tuple[int, int], needed: bool) -> tuple[Plan, ...]:
     """Tables of tiles: in the order that suits them, and in row order if ``needed`` or soon made.
 
-    Where a choice must not decide how rows are summed there is one order only, and for blocks that would fill little of
-    a tile of their own there are no tables.
+    Where a choice must not decide how rows are summed there is one order only, and tables whatever they take. For
+    blocks that would fill little of a tile of their own there are none.
     """
     chosen = chosen_rows(pattern)
     if chosen is not None and chosen < LEAST_CHOSEN and len(block_rows(problem.query_positions, chosen)) > 1:
         return ()
+    if chosen is not None or fixed_classes(pattern) is not None:
+        return (chosen_plan(pattern, problem, size),)
     ordered = ordered_plan(pattern, problem, size)
-    if ordered is not None and (fixed_classes(pattern) is not None or chosen is not None):
-        return (ordered,)
     soon = ordered is None or needed or visited_tiles(pattern, problem, size) <= SOON_TILES
     return tuple(p for p in (ordered, tile_plan(pattern, problem, size) if soon else None) if p is not None)
 
@@ -176,8 +175,7 @@ def dense_plan(pattern: Pattern, problem: Problem) -> DensePlan:
     """The dense plan; short enough, it can hold its log-counts."""
     if _counted_pairs(problem) > HELD_PAIRS:
         return DensePlan(pattern)
-    q, k, v = (x.new_empty(1).expand(x.shape) for x in (problem.q, problem.k, problem.v))  # keeps no numbers alive
-    return DensePlan(pattern, replace(problem, q=q, k=k, v=v, bias=None, score=None, dropout_p=0.0, seed=None))
+    return DensePlan(pattern, shapes_of(problem))
 
 
 def _counted_pairs(problem: Problem) -> int:

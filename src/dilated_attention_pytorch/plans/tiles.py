@@ -8,33 +8,24 @@ Legend: Q query blocks, K key blocks, W the longest list of a block, T distinct 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.patterns import BlockSparse, Pattern, pattern_from_text
-from dilated_attention_pytorch.patterns.base import And, Block, Sum
-from dilated_attention_pytorch.patterns.documents import Packed
+from dilated_attention_pytorch.patterns import Pattern
 from dilated_attention_pytorch.plans.base import Plan
-from dilated_attention_pytorch.problem import Problem, positions_tensor
+from dilated_attention_pytorch.plans.tile_search import Reader, Tiles, find_tiles, make_reader, read_partial
+from dilated_attention_pytorch.problem import Problem
 
 BLOCK_SIZE = (128, 64)
 """Query rows and key rows of a tile."""
-FAN = 8
-"""A region of blocks is cut in so many parts per side, from the whole down to single tiles."""
 PARTIAL_PAIRS = 1 << 30
 """A pattern with more pairs in partial tiles gets no tables: reading its counts would cost more than it saves."""
 TABLE_BYTES = 1 << 28
 """The most that distinct partial tiles may take."""
-SEEN_BLOCKS = 1 << 27
-"""Up to so many blocks of all heads are looked up in a table of blocks at once (bytes)."""
-_CHUNK_PAIRS = 1 << 18  # chunks that stay in the cache: 4 times as fast as 1 << 22
-_CHUNK_TILES = 1 << 19
 
 
 class TileLists(NamedTuple):
@@ -89,6 +80,12 @@ class TilePlan(Plan):
         return rows.expand(problem.batch, problem.num_heads, nq, nk)
 
     @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """Samples and heads of the tables, blocks of queries, blocks of keys."""
+        samples, heads, blocks = self.kv_num.shape
+        return samples, heads, blocks, self.q_num.shape[2]
+
+    @property
     def num_tiles(self) -> int:
         """Tiles that are visited, over the samples and heads of the tables."""
         return int(self.kv_num.sum()) + int(self.full_num.sum())
@@ -132,23 +129,71 @@ def _entries(num: Tensor, idx: Tensor, value: Tensor) -> Iterator[tuple[tuple[Te
         yield (b, h, row, idx[held].long()), value[held].long()
 
 
-class _Tiles(NamedTuple):
-    """A list of tiles; every field has one number for each."""
+class FoundTiles(NamedTuple):
+    """The tiles of a pattern that may hold a pair, found by bounds; `plan` reads the counts that these leave open.
 
-    sample: Tensor
-    head: Tensor
-    q: Tensor
-    k: Tensor
+    ``tables`` is how many samples and heads they are for. ``uniform`` is the count of tiles known to be full, else 0.
+    Tiles stand by sample, head, query block and key block.
+    """
 
-    def take(self, which: Tensor) -> _Tiles:
-        return _Tiles(*(x[which] for x in self))
+    pattern: Pattern
+    problem: Problem
+    block_size: tuple[int, int]
+    reader: Reader
+    tables: tuple[int, int]
+    tiles: Tiles
+    uniform: Tensor
+
+    @classmethod
+    def of(cls, pattern: Pattern, problem: Problem, block_size: tuple[int, int]) -> FoundTiles:
+        """Those of a pattern at the problem's positions."""
+        reader, samples, heads = make_reader(pattern, problem)
+        tiles, uniform = find_tiles(reader, samples, heads, block_size)
+        return cls(pattern, problem, block_size, reader, (samples, heads), tiles, uniform)
+
+    def blocks(self, by_key: bool) -> int:
+        """Blocks of keys, or of queries."""
+        at, size = (self.reader.k_at, self.block_size[1]) if by_key else (self.reader.q_at, self.block_size[0])
+        return -(-len(at) // size)
+
+    def take(self, which: Tensor) -> FoundTiles:
+        """Some of the tiles, for tables of the same shapes."""
+        return self._replace(tiles=self.tiles.take(which), uniform=self.uniform[which])
+
+    def examples(self) -> tuple[Tiles, Tensor]:
+        """Tiles that stand for all that are to be read, and for each of those the place of the one like it."""
+        return self.reader.examples(self.tiles.take(self.uniform == 0), self.block_size)
+
+    def plan(self, most_pairs: int | None = None, most_bytes: int | None = None) -> TilePlan | None:
+        """The tables, or None when more than ``most_pairs`` would be read, or those that differ pass ``most_bytes``.
+
+        None, too, when a count is above `MOST_COUNT`.
+        """
+        examples, alike = self.examples()
+        if most_pairs is not None and len(examples.q) * self.block_size[0] * self.block_size[1] > most_pairs:
+            return None
+        read = read_partial(self.reader, examples, self.block_size, most_bytes)
+        if read is None:
+            return None
+        unsure, count = self.uniform == 0, self.uniform.clone()
+        count[unsure] = read.uniform[alike]  # 0: empty after all, above 0: full, -1: partial
+        table = torch.zeros_like(count)
+        table[unsure] = read.table[alike]
+        lists = []
+        for by_key in (False, True):
+            shape = (*self.tables, self.blocks(by_key))
+            for chosen, value in ((count < 0, table), (count > 0, count)):
+                lists.append(_lists(self.tiles.take(chosen), value[chosen], by_key, shape))
+        device = self.problem.q.device if self.problem.q.device.type != "meta" else torch.device("cpu")
+        kv, full, q, full_q = (x.to(device) for x in lists)
+        return TilePlan(self.pattern, self.block_size, *kv, *full, *q, *full_q, read.counts.to(device))
 
 
 def tile_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> TilePlan | None:
-    """The tile plan of a pattern, or None when its tables would be too large or a count does not fit in 8 bits.
+    """The tile plan of a pattern, or None when its tables would be too large.
 
-    Too large: partial tiles that differ hold more than `PARTIAL_PAIRS` pairs or `TABLE_BYTES`. Under a choice made from
-    data that depends on the data, and a pattern without tables is computed densely, with sums in another order.
+    Too large: partial tiles that differ hold more than `PARTIAL_PAIRS` pairs or `TABLE_BYTES`. How many differ can
+    depend on tables that were chosen from data: `ranges.TileRanges` walks such a pattern in the same order, then.
 
     Example:
         >>> import torch
@@ -159,26 +204,7 @@ def tile_plan(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = 
         >>> plan.full_num.tolist(), plan.kv_idx.flatten().tolist(), plan.counts.shape
         ([[[0, 1, 2, 3]]], [0, 1, 2, 3], torch.Size([1, 128, 128]))
     """
-    reader, samples, heads = _reader(pattern, problem)
-    tiles, count = _find(reader, samples, heads, block_size)  # count is 0 where the tile is not known to be full
-    unsure = count == 0
-    examples, alike = reader.examples(tiles.take(unsure), block_size)
-    if len(examples.q) * block_size[0] * block_size[1] > PARTIAL_PAIRS:
-        return None
-    read = _read_partial(reader, examples, block_size)
-    if read is None:
-        return None
-    count[unsure] = read.uniform[alike]  # 0: empty after all, above 0: full, -1: partial
-    table = torch.zeros_like(count)
-    table[unsure] = read.table[alike]
-    lists = []
-    for by_key, at, size in ((False, reader.q_at, block_size[0]), (True, reader.k_at, block_size[1])):
-        shape = (samples, heads, -(-len(at) // size))
-        for chosen, value in ((count < 0, table), (count > 0, count)):
-            lists.append(_lists(tiles.take(chosen), value[chosen], by_key, shape))
-    device = problem.q.device if problem.q.device.type != "meta" else torch.device("cpu")
-    kv, full, q, full_q = (x.to(device) for x in lists)
-    return TilePlan(pattern, block_size, *kv, *full, *q, *full_q, read.counts.to(device))
+    return FoundTiles.of(pattern, problem, block_size).plan(PARTIAL_PAIRS, TABLE_BYTES)
 
 
 def visited_tiles(pattern: Pattern, problem: Problem, block_size: tuple[int, int] = BLOCK_SIZE) -> int:
@@ -192,256 +218,10 @@ def visited_tiles(pattern: Pattern, problem: Problem, block_size: tuple[int, int
         >>> visited_tiles(Causal(), make_problem(q, q, q, scale=1.0, query_start=0), block_size=(128, 128))
         10
     """
-    return len(_find(*_reader(pattern, problem), block_size)[0].q)
+    return len(FoundTiles.of(pattern, problem, block_size).tiles.q)
 
 
-def _reader(pattern: Pattern, problem: Problem) -> tuple[_Reader, int, int]:
-    """A reader of the counts, and how many samples and heads tables need."""
-    q_at, k_at = positions_tensor(problem.query_positions), positions_tensor(problem.key_positions)
-    if any(table.device.type not in ("cpu", "meta") for table in pattern.tables):
-        pattern = pattern_from_text(pattern.text(), [table.cpu() for table in pattern.tables])  # once, not at each look
-    batched = problem.key_lengths is not None or pattern.varies_by_sample
-    samples, heads = problem.batch if batched else 1, problem.num_heads if pattern.varies_by_head else 1
-    return _Reader(pattern, problem, q_at, k_at), samples, heads
-
-
-@dataclass(frozen=True, eq=False)
-class _Reader:
-    """Bounds and counts of a pattern at the problem's rows, padding included, for lists of tiles."""
-
-    pattern: Pattern
-    problem: Problem
-    q_at: Tensor
-    k_at: Tensor
-
-    def bounds(self, tiles: _Tiles, q: Block, k: Block) -> tuple[Tensor, Tensor]:
-        """Least and greatest count of tiles of one sample, of blocks ``q`` and ``k``; all have three dims."""
-        given = self.pattern.count_bounds(tiles.head, self.problem.num_heads, q, k)
-        low, high = (torch.as_tensor(x) for x in given)
-        if max(low.dim(), high.dim()) == 4:  # a batch of tables; all tiles are of one sample
-            low, high = (x[int(tiles.sample[0]) % len(x)] if x.dim() == 4 else x for x in (low, high))
-        if self.problem.key_lengths is not None:
-            visible = torch.tensor(self.problem.key_lengths)[tiles.sample]
-            low, high = low * (k.high < visible), high * (k.low < visible)
-        return low, high
-
-    def examples(self, tiles: _Tiles, block_size: tuple[int, int]) -> tuple[_Tiles, Tensor]:
-        """Tiles that stand for all of these, and for each tile the place of the one with equal counts."""
-        if len(tiles.q) == 0:
-            return tiles, tiles.q
-        q, k = (_blocks(at, size).take(i) for at, i, size in self._sides(tiles, block_size))
-        signs = self._signs(self.pattern, tiles, q, k)
-        signs += [_shapes(*side) for side in self._sides(tiles, block_size)]
-        if self.problem.key_lengths is not None:
-            span = int((self.k_at.max() - self.k_at.min()).item()) + 1
-            signs.append((torch.tensor(self.problem.key_lengths)[tiles.sample] - k.low).clamp(0, span))
-        places, alike = _distinct(signs)
-        return tiles.take(places), alike
-
-    def _sides(self, tiles: _Tiles, block_size: tuple[int, int]) -> tuple[tuple[Tensor, Tensor, int], ...]:
-        return (self.q_at, tiles.q, block_size[0]), (self.k_at, tiles.k, block_size[1])
-
-    def _signs(self, pattern: Pattern, tiles: _Tiles, q: Block, k: Block) -> list[Tensor]:
-        """Numbers of tiles: where they agree, and the rows stand alike, the counts are equal.
-
-        The side of a sum or product whose count is the same all over a tile adds that count alone.
-        """
-        if pattern.period is not None:
-            return [tiles.head * pattern.varies_by_head, q.low % pattern.period, k.low - q.low]
-        if isinstance(pattern, And | Sum):
-            signs = []
-            for side in (pattern.left, pattern.right):
-                bounds = side.count_bounds(tiles.head, self.problem.num_heads, q, k)
-                low, high = (_of_sample(torch.as_tensor(x), tiles) for x in bounds)
-                varied = low != high
-                signs += [torch.where(varied, -1, low), *(x * varied for x in self._signs(side, tiles, q, k))]
-            return signs
-        if isinstance(pattern, Packed):
-            same, _, *blocks = pattern.documents.shared(q, k)
-            same = _of_sample(same, tiles) > 0
-            mine, other = (Block(*(_of_sample(x, tiles) for x in block)) for block in blocks)
-            inside = self._signs(pattern.inner, tiles, mine, other)
-            return [x * ~same for x in (tiles.sample + 1, tiles.head, q.low, k.low)] + [x * same for x in inside]
-        if (own := pattern.signs(tiles.head, self.problem.num_heads, q, k)) is not None:
-            return [_of_sample(x, tiles) for x in own]
-        return [tiles.sample, tiles.head, q.low, k.low]
-
-    def counts(self, tiles: _Tiles, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Counts of some tiles, int64, 0 past the ragged edge; and where a pair exists: (tiles, *block_size) each."""
-        (q, q_held), (k, k_held) = (_rows(*side) for side in self._sides(tiles, block_size))
-        q, k, n = q.unsqueeze(2), k.unsqueeze(1), len(tiles.q)
-        found = torch.as_tensor(self.pattern.count(tiles.head.view(-1, 1, 1), self.problem.num_heads, q, k))
-        if found.dim() == 4:  # (B, tiles, ...)
-            sample = tiles.sample if found.shape[0] > 1 else torch.zeros_like(tiles.sample)
-            found = found.expand(-1, n, *block_size)[sample, torch.arange(n)]
-        found = found.expand(n, *block_size).long()
-        if self.problem.key_lengths is not None:
-            found = found * (k < torch.tensor(self.problem.key_lengths)[tiles.sample].view(-1, 1, 1))
-        held = q_held.unsqueeze(2) & k_held.unsqueeze(1)
-        return found * held, held
-
-
-def _of_sample(x: Tensor, tiles: _Tiles) -> Tensor:
-    """A number for each tile, of its sample, from one for all tiles or (B, 1, 1, tiles); int64."""
-    n = len(tiles.sample)
-    if x.dim() == 4:
-        sample = tiles.sample if x.shape[0] > 1 else torch.zeros_like(tiles.sample)
-        x = x.expand(-1, 1, 1, n)[sample, 0, 0, torch.arange(n)]
-    return x.expand(n).long()
-
-
-def _rows(at: Tensor, blocks: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The positions of the rows of blocks, and which rows there are: (blocks, size) each."""
-    rows = blocks.view(-1, 1) * size + torch.arange(size)
-    return at[rows.clamp(max=len(at) - 1)], rows < len(at)
-
-
-def _blocks(at: Tensor, size: int) -> Block:
-    """The blocks of ``size`` rows that stand at positions ``at``."""
-    n = at.numpy()
-    starts = np.arange(0, len(n), size)
-    low, high = np.minimum.reduceat(n, starts), np.maximum.reduceat(n, starts)
-    step = np.gcd.reduceat(n - np.repeat(low, np.diff([*starts, len(n)])), starts)
-    return Block(*(torch.from_numpy(x) for x in (low, high, step)))
-
-
-def _shapes(at: Tensor, blocks: Tensor, size: int) -> Tensor:
-    """A number for each block that blocks share whose rows stand alike above the lowest one."""
-    used, which = blocks.unique(return_inverse=True)
-    rows, held = _rows(at, used, size)
-    low = torch.where(held, rows, rows.amax()).amin(1, keepdim=True)
-    above = torch.where(held, rows - low, -1).numpy()
-    return torch.from_numpy(np.unique(above, axis=0, return_inverse=True)[1].reshape(-1))[which]
-
-
-def _distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Places of rows that stand for all, and for each row the place among them of the one equal to it."""
-    key, span = torch.zeros_like(columns[0]), 1
-    for column in columns:
-        low = int(column.min())
-        values = int(column.max()) - low + 1
-        if span * values >= 1 << 62:
-            key = key.unique(return_inverse=True)[1]
-            span = len(key)
-        key, span = key * values + (column - low), span * values
-    _, places, alike = np.unique(key.numpy(), return_index=True, return_inverse=True)
-    return torch.from_numpy(places), torch.from_numpy(alike.reshape(-1))
-
-
-def _find(reader: _Reader, samples: int, heads: int, block_size: tuple[int, int]) -> tuple[_Tiles, Tensor]:
-    """The tiles that may hold a pair, by sample, head, query block, key block; the count of the full ones, else 0."""
-    lengths = (len(reader.q_at), len(reader.k_at))
-    if min(lengths) == 0:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return _Tiles(nothing, nothing, nothing, nothing), nothing
-    fans = [1]
-    while any(-(-n // (size * fans[-1])) > 2 * FAN for n, size in zip(lengths, block_size)):
-        fans.append(fans[-1] * FAN)
-    sides = [[_blocks(at, size * fan) for at, size in zip((reader.q_at, reader.k_at), block_size)] for fan in fans]
-    parts = []
-    for sample in range(samples):
-        alone = replace(reader, pattern=reader.pattern.of_sample(sample))
-        level, tiles, fan = _start(alone, sample, heads, sides)
-        for q, k in reversed(sides[: level + 1]):
-            tiles, count = _split(alone, tiles, q, k, fan)
-            fan = (FAN, FAN)
-        parts.append((tiles, count))
-    tiles, count = _joined(parts)
-    q_blocks, k_blocks = (len(side.low) for side in sides[0])
-    key = ((tiles.sample * heads + tiles.head) * q_blocks + tiles.q) * k_blocks + tiles.k
-    if bool((key[1:] > key[:-1]).all()):
-        return tiles, count
-    order = torch.from_numpy(np.argsort(key.numpy(), kind="stable"))
-    return tiles.take(order), count[order]
-
-
-def _start(reader: _Reader, sample: int, heads: int, sides: list[list[Block]]) -> tuple[int, _Tiles, tuple[int, int]]:
-    """The level of blocks to begin with, regions of them that may hold a pair, and their parts per side."""
-    table = _table(reader.pattern)
-    if table is None:
-        none, (q, k) = torch.zeros(heads, dtype=torch.int64), sides[-1]
-        return len(sides) - 1, _Tiles(none + sample, torch.arange(heads), none, none), (len(q.low), len(k.low))
-    sizes = [heads * len(q.low) * len(k.low) for q, k in sides]
-    level = next((i for i, size in enumerate(sizes) if size <= SEEN_BLOCKS), len(sides) - 1)
-    seen = table.seen(*sides[level])
-    if len(seen) < heads:
-        seen = seen.expand(heads, -1, -1)
-    head, q_block, k_block = seen.nonzero(as_tuple=True)
-    return level, _Tiles(torch.full_like(head, sample), head, q_block, k_block), (1, 1)
-
-
-def _table(pattern: Pattern) -> BlockSparse | None:
-    """The table outside of whose blocks the pattern sees nothing, if it is a product with one."""
-    if isinstance(pattern, And):
-        return _table(pattern.left) or _table(pattern.right)
-    return pattern if isinstance(pattern, BlockSparse) else None
-
-
-def _split(reader: _Reader, regions: _Tiles, q: Block, k: Block, fan: tuple[int, int]) -> tuple[_Tiles, Tensor]:
-    """The parts of regions that may hold a pair, and the count of those that are full, else 0.
-
-    A region has ``fan`` parts per side; ``q`` and ``k`` are all blocks of the size of a part.
-    """
-    found = []
-    for which in torch.arange(len(regions.q)).split(max(1, _CHUNK_TILES // math.prod(fan))):
-        region = regions.take(which)
-        rows = region.q.view(-1, 1, 1) * fan[0] + torch.arange(fan[0]).view(-1, 1)
-        columns = region.k.view(-1, 1, 1) * fan[1] + torch.arange(fan[1])
-        some = (rows < len(q.low)) & (columns < len(k.low))
-        held = _Tiles(region.sample.view(-1, 1, 1), region.head.view(-1, 1, 1), rows, columns)
-        q_part, k_part = q.take(rows.clamp(max=len(q.low) - 1)), k.take(columns.clamp(max=len(k.low) - 1))
-        low, high = reader.bounds(held, q_part, k_part)
-        at = (some & (high > 0)).nonzero(as_tuple=True)
-        low, high = (x.expand(some.shape)[at] for x in (low, high))
-        part = _Tiles(*(x.expand(some.shape)[at] for x in held))
-        found.append((part, torch.where(low == high, low, 0)))
-    return _joined(found)
-
-
-def _joined(parts: list[tuple[_Tiles, Tensor]]) -> tuple[_Tiles, Tensor]:
-    sample, head, q, k = (torch.cat(x) for x in zip(*(tiles for tiles, _ in parts)))
-    return _Tiles(sample, head, q, k), torch.cat([count for _, count in parts])
-
-
-class _Partial(NamedTuple):
-    """For each tile its place in the distinct `counts`, and -1, or the one count that it turned out to have."""
-
-    table: Tensor
-    counts: Tensor
-    uniform: Tensor
-
-
-def _read_partial(reader: _Reader, tiles: _Tiles, block_size: tuple[int, int]) -> _Partial | None:
-    """The counts of tiles that bounds could not settle, or None when they are too many or too large."""
-    n, size = len(tiles.q), block_size[0] * block_size[1]
-    words = torch.from_numpy(np.random.default_rng(0).integers(-(2**62), 2**62, (size, 2), dtype=np.int64))
-    codes, uniform = np.zeros(n, dtype="V16"), torch.full((n,), -1)
-    known, distinct, held_bytes = np.zeros(0, dtype="V16"), [torch.zeros((0, size), dtype=torch.uint8)], 0
-    for first in range(0, n, max(1, _CHUNK_PAIRS // size)):
-        part = slice(first, first + max(1, _CHUNK_PAIRS // size))
-        counts, held = (x.flatten(1) for x in reader.counts(tiles.take(torch.arange(n)[part]), block_size))
-        low, high = torch.where(held, counts, 256).amin(1), counts.amax(1)
-        if bool((high > 255).any()):
-            return None
-        uniform[part] = torch.where(low == high, high, -1)
-        mixed = low < high
-        code = torch.stack([(counts * word).sum(1) for word in words.unbind(1)], 1)[mixed].numpy().view("V16")[:, 0]
-        codes[part][mixed.numpy()] = code
-        new, places = np.unique(code, return_index=True)
-        places = places[~np.isin(new, known)]
-        known = np.concatenate([known, code[places]])
-        distinct.append(counts[mixed][torch.from_numpy(places)].to(torch.uint8))
-        held_bytes += distinct[-1].numel()
-        if held_bytes > TABLE_BYTES:
-            return None
-    order = np.argsort(known)
-    table = torch.zeros(n, dtype=torch.int64)
-    mixed = uniform < 0
-    table[mixed] = torch.from_numpy(order[np.searchsorted(known[order], codes[mixed.numpy()])])
-    return _Partial(table, torch.cat(distinct).view(-1, *block_size), uniform)
-
-
-def _lists(rows: _Tiles, value: Tensor, by_key: bool, shape: tuple[int, int, int]) -> TileLists:
+def _lists(rows: Tiles, value: Tensor, by_key: bool, shape: tuple[int, int, int]) -> TileLists:
     """Padded lists by query block, or by key block, of tiles; ``shape`` is (samples, heads, blocks of that side)."""
     row, column = (rows.k, rows.q) if by_key else (rows.q, rows.k)
     flat = (rows.sample * shape[1] + rows.head) * shape[2] + row

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from importlib.util import find_spec
 
 import torch
@@ -15,7 +16,7 @@ from dilated_attention_pytorch.backends.flex.kernel import flex
 from dilated_attention_pytorch.backends.flex.tables import row_positions, table_bytes, tables_of
 from dilated_attention_pytorch.backends.ordered import backward_in_order, forward_in_order
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.plans import Plan, TilePlan
+from dilated_attention_pytorch.plans import Plan, TilePlan, TileRanges
 from dilated_attention_pytorch.plans.orders import OrderedPlan, chosen_rows
 from dilated_attention_pytorch.problem import Problem
 from dilated_attention_pytorch.scores import score_from_text
@@ -96,8 +97,9 @@ class FlexBackend(Backend):
                     f"eager FlexAttention holds all {pairs:,} pairs at once (limit {EAGER_PAIRS:,}); "
                     "use FlexOptions(compiled=True) where a kernel exists, or backend='sdpa'"
                 )
-        tiles, least = _tiles(plan), self._least_block(p)
-        if chosen_rows(plan.pattern) is not None and least > tiles.block_size[0] and tiles.kv_num.shape[2] > 1:
+        tiles, least = plan.tiles if isinstance(plan, OrderedPlan) else plan, self._least_block(p)
+        assert isinstance(tiles, TilePlan | TileRanges)
+        if chosen_rows(plan.pattern) is not None and least > tiles.block_size[0] and tiles.grid[2] > 1:
             reasons.append(
                 f"its kernels would join {tiles.block_size[0]} rows with those of another choice, to {least}, and sum "
                 f"them in another order; choose for blocks of a multiple of {least} rows or use backend='triton'"
@@ -125,7 +127,9 @@ class FlexBackend(Backend):
         `reasons_against_out` says what it cannot do.
         """
         if isinstance(plan, OrderedPlan):
-            return plan.order.restored_queries(self.out(plan.order.applied(problem), plan.tiles), 1)
+            placed = plan.order.applied(problem)
+            outs = (self.out(placed, tiles) for tiles in plan.parts())
+            return plan.order.restored_queries(reduce(torch.add, outs), 1)  # each row is 0 in all but one
         if problem.key_length == 0:
             return _nothing_seen(problem)[0].to(problem.q.dtype)
         return self._call(problem, plan, (problem.q, problem.k, problem.v), with_lse=False)[0]
@@ -164,7 +168,8 @@ class FlexBackend(Backend):
     ) -> tuple[Tensor, Tensor | None]:
         p = problem
         q, k, v = (x.contiguous() for x in tensors)  # one layout, so that strides ask for no further kernels
-        tables = tables_of(_tiles(plan), self._least_block(p), q.requires_grad)
+        assert isinstance(plan, TilePlan)
+        tables = tables_of(plan, self._least_block(p), q.requires_grad)
         score, rows = p.score, None
         if score is not None:
             score = score_from_text(score.text, [t.to(p.q.device, p.accumulate_dtype) for t in score.tables])
@@ -182,12 +187,6 @@ class FlexBackend(Backend):
 
 def _kind(problem: Problem) -> str:
     return "cpu" if problem.q.device.type == "meta" else problem.q.device.type
-
-
-def _tiles(plan: Plan) -> TilePlan:
-    tiles = plan.tiles if isinstance(plan, OrderedPlan) else plan
-    assert isinstance(tiles, TilePlan)
-    return tiles
 
 
 def _leaves(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:

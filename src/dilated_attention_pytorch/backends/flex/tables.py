@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.plans import TilePlan
+from dilated_attention_pytorch.plans import TilePlan, TileRanges
 from dilated_attention_pytorch.problem import Positions, positions_tensor
 
 LEAST_ENTRIES = 1 << 18
@@ -69,11 +69,11 @@ def tables_of(plan: TilePlan, least_block: int = 1, training: bool = False) -> T
         return known[least_block, training]
 
 
-def table_bytes(plan: TilePlan, least_block: int, training: bool) -> int:
+def table_bytes(plan: TilePlan | TileRanges, least_block: int, training: bool) -> int:
     """What `tables_of` would take, roughly."""
-    b, h, q_blocks = plan.kv_num.shape
+    b, h, *blocks = plan.grid
     sizes = (max(1, least_block // size) for size in plan.block_size)
-    q_blocks, k_blocks = (-(-n // size) for n, size in zip((q_blocks, plan.q_num.shape[2]), sizes))
+    q_blocks, k_blocks = (-(-n // size) for n, size in zip(blocks, sizes))
     return b * h * q_blocks * k_blocks * 4 * (5 if training else 3)
 
 
@@ -114,21 +114,23 @@ def _make_tables(plan: TilePlan, least_block: int, training: bool) -> Tables:
 
 
 def _entries(plan: TilePlan) -> tuple[Tensor, Tensor]:
-    """The table of each tile (B or 1, H or 1, Q, K), int32, and the tables (T, *block_size): 0, 1, 2, .. throughout,
-    then the plan's own. There are at least two blocks a side: a single one would be a constant of its own kernels.
+    """The table of each tile (B or 1, H or 1, Q, K), int32, and the tables (T, *block_size): 0 and each count of full
+    tiles throughout, then the plan's own. There are at least two blocks a side: a single one would be a constant of its
+    own kernels.
     """
     b, h, q_blocks = plan.kv_num.shape
     shape = (b, h, max(2, q_blocks), max(2, plan.q_num.shape[2]))
     device = plan.counts.device
-    top = int(plan.full_count.max()) if plan.full_count.numel() else 0
+    throughout = torch.nn.functional.pad(plan.full_count.flatten(), (1, 0)).unique()
     entries = torch.zeros(shape, dtype=torch.int32, device=device)
-    lists = ((plan.kv_num, plan.kv_idx, plan.kv_table + (top + 1)), (plan.full_num, plan.full_idx, plan.full_count))
-    for num, idx, entry in lists:
+    partial = (plan.kv_num, plan.kv_idx, plan.kv_table + len(throughout))
+    full = (plan.full_num, plan.full_idx, torch.searchsorted(throughout, plan.full_count, out_int32=True))
+    for num, idx, entry in (partial, full):
         held = torch.arange(idx.shape[-1], device=device) < num.unsqueeze(-1)
         sample, head, row, _ = held.nonzero(as_tuple=True)
         entries[sample, head, row, idx[held].long()] = entry[held]
-    uniform = torch.arange(top + 1, dtype=torch.uint8, device=device).view(-1, 1, 1)
-    return entries, torch.cat([uniform.expand(-1, *plan.block_size), plan.counts])
+    tables = throughout.to(torch.uint8) if bool(throughout[-1] <= 255) else throughout
+    return entries, torch.cat([tables.view(-1, 1, 1).expand(-1, *plan.block_size), plan.counts])
 
 
 def _joined(entries: Tensor, counts: Tensor, factors: tuple[int, int]) -> tuple[Tensor, Tensor]:

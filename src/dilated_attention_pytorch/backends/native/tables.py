@@ -48,7 +48,10 @@ class StridedTables:
 
 @dataclass(frozen=True, eq=False)
 class TiledTables:
-    """What a TilePlan lacks: its counts with lanes of queries last, padded to whole tiles of 64: (T, keys, lanes)."""
+    """What a TilePlan lacks: its counts with lanes of queries last, padded to whole tiles of 64: (T, keys, lanes).
+
+    As bytes: counts of four bytes make four times as many.
+    """
 
     counts: Tensor
     parts: int
@@ -76,7 +79,7 @@ def tiled_tables(plan: TilePlan, problem: Problem) -> TiledTables:
         bases = problem.batch * problem.num_heads // problem.kv_group
         rows = max(problem.query_length, problem.key_length)
         counts = plan.counts.transpose(1, 2)
-        counts = torch.nn.functional.pad(counts, (0, -plan.block_size[0] % 64)).contiguous()
+        counts = torch.nn.functional.pad(counts, (0, -plan.block_size[0] % 64)).contiguous().view(torch.uint8)
         held = TiledTables(counts, _parts(bases, rows), plan.issued_pairs(problem))
         with _lock:
             _known[plan][key] = held

@@ -123,10 +123,9 @@ class SdpaBackend(Backend):
         if device.type == "cuda":
             chunks = plan.chunks if isinstance(plan, StridedPlan) else ()
             pieces = [piece for chunk in chunks for piece in chunk.pieces]
-            tiles = plan.tiles if isinstance(plan, OrderedPlan) else plan
             need = need._replace(
                 head_dim=p.q.shape[3] + (Kernel.columns if widened else 0),
-                masks=isinstance(plan, DensePlan) or isinstance(tiles, TilePlan),
+                masks=isinstance(plan, DensePlan | OrderedPlan | TilePlan),
                 bands=any(piece.band is not None for piece in pieces),
                 shortest=min((n for x in pieces for n in (x.queries.length, x.keys.length)), default=CUDNN_ROWS),
                 capability=torch.cuda.get_device_capability(device),

@@ -66,8 +66,8 @@ typedef struct {
   /* or a tile plan */
   int64_t is_tiled, block_q, block_k;
   Lists partial, full;
-  const uint8_t *counts; /* (tables, block_k, count_row), lanes last */
-  int64_t count_row;
+  const uint8_t *counts; /* (tables, block_k, count_row), lanes last, of 1 or 4 bytes each */
+  int64_t count_row;     /* bytes */
   const int64_t *visible; /* (B): keys before the padding, or NULL */
 } Problem;
 
@@ -75,7 +75,7 @@ typedef struct {
 typedef struct {
   int64_t low, high;              /* key y - lane x must lie within; both relative to the block's first key */
   const uint8_t *counts;          /* of lane 0 and the block's first key, or NULL */
-  int64_t count_row;
+  int64_t count_row, count_size;  /* bytes from key to key, and from lane to lane: 1, or 4 for an int32_t */
   float add;                      /* log2 of a full tile's count */
   float slope;                    /* ALiBi, in base 2 */
   const float *table;             /* relative bias, in base 2, its middle is distance 0; or NULL */

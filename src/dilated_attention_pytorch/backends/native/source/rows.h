@@ -52,6 +52,19 @@ static void store_lanes(const float *t, const float *factor, char *rows, int64_t
 /* Lanes to compute for n rows: one vector, or whole groups. */
 INLINE int64_t lanes_of(int64_t n) { return n <= W ? W : up(n, U * W); }
 
+/* How often W lanes from lane x on see key j. */
+INLINE vi counts_at(const Rule *r, int64_t j, int64_t x) {
+  const uint8_t *at = r->counts + j * r->count_row + x * r->count_size;
+  if (r->count_size == 1) {
+    vb c;
+    memcpy(&c, at, sizeof c);
+    return __builtin_convertvector(c, vi);
+  }
+  vi c;
+  memcpy(&c, at, sizeof c);
+  return c;
+}
+
 /* The row's logits in lanes [0, n) change by the rule; nothing is left of hidden ones. `p` is (keys, QB). */
 static void apply_rule(const Rule *r, float *p, int64_t keys, int64_t lanes) {
   vi lane0;
@@ -69,11 +82,7 @@ static void apply_rule(const Rule *r, float *p, int64_t keys, int64_t lanes) {
         else s -= __builtin_convertvector((apart ^ (apart >> 31)) - (apart >> 31), vf) * r->slope;
       }
       vi behind = lane0 - (int32_t)x, seen = (vi)(behind >= low) & (vi)(behind <= high);
-      if (r->counts) {
-        vb c;
-        memcpy(&c, r->counts + j * r->count_row + x, sizeof c);
-        seen &= (vi)(__builtin_convertvector(c, vi) > 0);
-      }
+      if (r->counts) seen &= (vi)(counts_at(r, j, x) > 0);
       store(p + j * QB + x, choose(seen, s, all(-INFINITY)));
     }
   }
@@ -82,11 +91,8 @@ static void apply_rule(const Rule *r, float *p, int64_t keys, int64_t lanes) {
 /* Weights times the counts of their pairs. */
 static void apply_counts(const Rule *r, float *p, int64_t keys, int64_t lanes) {
   for (int64_t j = 0; j < keys; j++)
-    for (int64_t x = 0; x < lanes; x += W) {
-      vb c;
-      memcpy(&c, r->counts + j * r->count_row + x, sizeof c);
-      store(p + j * QB + x, load(p + j * QB + x) * __builtin_convertvector(__builtin_convertvector(c, vi), vf));
-    }
+    for (int64_t x = 0; x < lanes; x += W)
+      store(p + j * QB + x, load(p + j * QB + x) * __builtin_convertvector(counts_at(r, j, x), vf));
 }
 
 /* Whether the rule leaves this block of keys as it is, for lanes below n. */

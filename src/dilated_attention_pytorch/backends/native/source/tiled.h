@@ -29,8 +29,9 @@ static Rule tile_rule(const Problem *c, Work *w, int partial, int32_t value, int
                       int64_t key_row, int64_t n) {
   Rule r = {.low = -UNBOUNDED, .high = UNBOUNDED};
   if (partial) {
-    r.counts = c->counts + (int64_t)value * c->block_k * c->count_row + x;
     r.count_row = c->count_row;
+    r.count_size = c->count_row / up(c->block_q, QB);
+    r.counts = c->counts + (int64_t)value * c->block_k * c->count_row + x * r.count_size;
   } else r.add = value == 1 ? 0 : log2f((float)value);
   if (c->q_at) {
     for (int64_t i = 0; i < QB; i++) w->at[i] = c->q_at[row + least(i, n - 1)];
