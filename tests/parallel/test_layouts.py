@@ -53,6 +53,15 @@ def test_chunks_that_meet_are_one_run():
     assert row_count(joined([Run(0, 2, 2), Run(4, 2, 3), Run(11, 2, 1)])) == 6
 
 
+def test_single_rows_of_a_step_are_one_run():
+    assert joined(Run(3 + 4 * i, 4, 1) for i in range(5)) == (Run(3, 4, 5),)
+    assert joined([Run(0, 4, 2), Run(8, 4, 1), Run(12, 3, 1), Run(13, 1, 2)]) == (
+        Run(0, 4, 3),
+        Run(12, 1, 1),
+        Run(13, 1, 2),
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -96,19 +96,17 @@ def row_count(positions: Positions) -> int:
 def joined(runs: Iterable[Run]) -> Positions:
     """The runs without empty ones, each joined to the one before where that goes on as it does.
 
-    A single row has step 1.
+    A single row joins those of its step; one that stays alone has step 1.
 
     Example:
-        >>> joined([Run(0, 1, 2), Run(2, 1, 3), Run(9, 1, 0)])
-        (Run(start=0, step=1, length=5),)
+        >>> joined([Run(0, 1, 2), Run(2, 1, 3), Run(9, 1, 0), Run(9, 4, 1), Run(13, 4, 1), Run(20, 4, 1)])
+        (Run(start=0, step=1, length=5), Run(start=9, step=4, length=2), Run(start=20, step=1, length=1))
     """
     kept: list[Run] = []
     for run in runs:
         if run.length == 0:
             continue
-        if run.length == 1:
-            run = Run(run.start, 1, 1)
         if kept and kept[-1].step == run.step and kept[-1].start + kept[-1].step * kept[-1].length == run.start:
             run = Run(kept[-1].start, run.step, kept.pop().length + run.length)
         kept.append(run)
-    return tuple(kept)
+    return tuple(run if run.length > 1 else Run(run.start, 1, 1) for run in kept)
