@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -35,8 +36,8 @@ def sees(
         >>> sees(Causal(), 1, (Run(0, 1, 8),), (Run(8, 1, 8),)), sees(Causal(), 1, (Run(8, 1, 8),), (Run(0, 1, 8),))
         (False, True)
     """
-    q, k = (_Blocks.of(side, PARTS, _device(pattern)) for side in (queries, keys))
-    return bool(_may_see(pattern, num_heads, [q], [k], key_lengths)[0][0].any())
+    q, k = (_side((runs,), PARTS, _device(pattern)) for runs in (queries, keys))
+    return bool(_may_see(pattern, num_heads, q, k, key_lengths)[0][0].any())
 
 
 class Part(NamedTuple):
@@ -68,12 +69,12 @@ def sources(
     runs = sum(map(len, (*world.queries, *world.keys)))
     parts = max(1, min(PARTS, MOST_BLOCKS // max(1, runs)))
     mine, device = world.rank, _device(pattern)
-    queries, keys = ([_Blocks.of(side, parts, device) for side in ranks] for ranks in (world.queries, world.keys))
-    seen = _may_see(pattern, num_heads, [queries[mine]], keys, key_lengths)
-    seeing = _may_see(pattern, num_heads, queries, [keys[mine]], key_lengths)
+    queries, keys = (_side(ranks, parts, device) for ranks in (world.queries, world.keys))
+    seen = _may_see(pattern, num_heads, queries.of(mine), keys, key_lengths)
+    seeing = _may_see(pattern, num_heads, queries, keys.of(mine), key_lengths)
     return (
-        [blocks.part(found) for blocks, found in zip(keys, seen[0])],
-        [keys[mine].part(found) for (found,) in seeing],
+        [blocks.part(found) for blocks, found in zip(keys.ranks, seen[0])],
+        [keys.ranks[mine].part(found) for (found,) in seeing],
     )
 
 
@@ -106,36 +107,45 @@ class _Blocks(NamedTuple):
         return Part(tuple(slices), joined(run for _, run in chosen))
 
 
+class _Side(NamedTuple):
+    """The rows of several ranks in blocks, and the blocks of all of them together."""
+
+    ranks: tuple[_Blocks, ...]
+    block: Block
+
+    def of(self, rank: int) -> _Side:
+        """Those of one rank."""
+        return _Side((self.ranks[rank],), self.ranks[rank].block)
+
+
+@lru_cache(maxsize=32)
+def _side(positions: tuple[Positions, ...], parts: int, device: torch.device) -> _Side:
+    """Kept, since every rank of a world that is planned asks for the same."""
+    ranks = tuple(_Blocks.of(runs, parts, device) for runs in positions)
+    return _Side(ranks, Block(*(torch.cat(x) for x in zip(*(blocks.block for blocks in ranks)))))
+
+
 def _may_see(
-    pattern: Pattern,
-    num_heads: int,
-    queries: Sequence[_Blocks],
-    keys: Sequence[_Blocks],
-    key_lengths: Sequence[int] | None,
+    pattern: Pattern, num_heads: int, queries: _Side, keys: _Side, key_lengths: Sequence[int] | None
 ) -> list[list[Tensor]]:
     """For each rank of queries and each of keys: which of the latter's blocks may be seen."""
-    q, k = (_together(side) for side in (queries, keys))
+    q, k = queries.block, keys.block
     device = q.low.device
     may = torch.zeros(q.low.numel(), k.low.numel(), dtype=torch.bool, device=device)
     if may.numel() > 0:
         head = torch.arange(num_heads if pattern.varies_by_head else 1, device=device).view(-1, 1, 1)
         _, most = pattern.count_bounds(head, num_heads, Block(*(x.view(-1, 1) for x in q)), k)
-        found = torch.as_tensor(most, device=device) > 0
-        found = found.expand(torch.broadcast_shapes(found.shape, may.shape))
+        found = may | (torch.as_tensor(most, device=device) > 0)
         may = found.flatten(0, -3).any(0) if found.dim() > 2 else found
         if key_lengths is not None:
             may = may & (k.low < max(key_lengths, default=0))
-    q_sizes, k_sizes = ([len(blocks.rows) for blocks in side] for side in (queries, keys))
+    q_sizes, k_sizes = ([len(blocks.rows) for blocks in side.ranks] for side in (queries, keys))
     rows = [part.any(0) for part in may.cpu().split(q_sizes)]
     return [list(row.split(k_sizes)) for row in rows]
 
 
 def _device(pattern: Pattern) -> torch.device:
     return pattern.tables[0].device if pattern.tables else torch.device("cpu")
-
-
-def _together(ranks: Sequence[_Blocks]) -> Block:
-    return Block(*(torch.cat(x) for x in zip(*(blocks.block for blocks in ranks))))
 
 
 def _equal(run: Run, parts: int) -> Iterator[tuple[int, int]]:
