@@ -17,6 +17,7 @@ from dilated_attention_pytorch.core import (
     MultiheadConfig,
     RingAttentionConfig,
     SparseAttentionConfig,
+    SparsePatternConfig,
     create_dilated_attention,
 )
 from dilated_attention_pytorch.core import config as module
@@ -29,6 +30,7 @@ CONFIGS = [
     RingAttentionConfig(*BRANCHES, block_size=64, ring_size=1, use_checkpointing=False, max_cached_buffers=0),
     SparseAttentionConfig(*BRANCHES, pattern_type="learned", block_size=16, density=0.5, min_sparsity=0.2),
     DistributedConfig(4, 3, "gloo", sequence_parallel=True, gradient_compression_ratio=0.5, zero_stage=3),
+    SparsePatternConfig("global_local", None, 16, 256, 32, max_sparsity=0.5),
 ]
 
 
@@ -129,6 +131,10 @@ def test_the_share_kept_has_two_names():
             SparseAttentionConfig(*BRANCHES, enable_adaptive=True, pattern_type="axial"),
             "pattern_type='axial' is a fixed table",
         ),
+        (
+            SparseAttentionConfig(*BRANCHES, enable_adaptive=True, density=0.1, min_sparsity=0.2),
+            r"the share kept \(0.1\) must be between min_sparsity \(0.2\) and max_sparsity \(0.9\)",
+        ),
         (DistributedConfig(world_size=2), "world_size=2: this process is one of 1"),
         (DistributedConfig(rank=1), "rank=1: this process is rank 0"),
         (DistributedConfig(zero_stage=3), "train with --parallel fsdp"),
@@ -164,9 +170,11 @@ def test_fields_that_advise_say_so_when_they_were_set(caplog):
         assert caplog.text == ""
         create_dilated_attention("ring", *BRANCHES, block_size=2048, use_memory_pool=False)
         DistributedConfig(backend="gloo", bucket_size_mb=5).frozen()
+        SparsePatternConfig("local_window", None, 16, 256).frozen()
+        SparsePatternConfig("local_window", 0.5, 16, 256, 32).frozen()
     told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 4
-    for name, text in zip(("block_size=2048", "use_memory_pool=False", "backend='gloo'", "bucket_size_mb=5"), told):
+    names = ("block_size=2048", "use_memory_pool=False", "backend='gloo'", "bucket_size_mb=5")
+    for name, text in zip((*names, "local_window_size=256", "global_tokens=32"), told, strict=True):
         assert f"{name} changes no result: " in text
 
 

@@ -114,12 +114,15 @@ def test_auto_says_what_it_chose_and_why(caplog):
         assert type(create_dilated_attention(density=0.5)) is BlockSparseAttention
         create_multihead_dilated_attention(attention_config=RingAttentionConfig([4], [1]))
         create_multihead_dilated_attention(attention_config=SparseAttentionConfig([4], [1]))
+        dealt = create_dilated_attention(distributed_config=DistributedConfig(sequence_parallel=True))
+        assert dealt.context_parallel == ContextParallel()
     told = [r.getMessage() for r in caplog.records if "auto is" in r.getMessage()]
     assert [text.split(": ", 2)[1] for text in told] == [
         "auto is 'improved'",
         "auto is 'block_sparse'",
         "auto is 'ring'",
         "auto is 'block_sparse'",
+        "auto is 'distributed'",
     ]
     assert "there is one process" in told[0]
 

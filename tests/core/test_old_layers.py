@@ -93,13 +93,12 @@ def with_masks() -> dict[str, list[torch.Tensor]]:
     for kind, make in {**EMBEDDED, **twin}.items():
         torch.manual_seed(1)
         layer, ends = make(), []
-        for masks in (
-            {"attn_mask": hidden},
-            {"attn_mask": torch.rand(8, LENGTH, LENGTH)},
-            {"key_padding_mask": padding},
-        ):
+        added = torch.rand(8, LENGTH, LENGTH)
+        for masks in ({"attn_mask": hidden}, {"attn_mask": added}, {"key_padding_mask": padding}):
             ends += layer(x, is_causal=True, need_weights=True, **masks)
             ends += layer(x, need_weights=True, average_attn_weights=False, **masks)
+        ends.append(layer(x, key_padding_mask=padding, attn_mask=added))
+        ends.append(layer(x, attn_mask=added.masked_fill(padding.repeat_interleave(4, 0).unsqueeze(1), -torch.inf)))
         found[f"embedded {kind}"] = ends
     return found
 
@@ -113,6 +112,8 @@ def test_on_one_process_and_in_a_group_of_one_every_layer_has_masks_and_weights(
         for found, there, expected in zip(ends, grouped[kind], plain, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
             torch.testing.assert_close(there, expected, rtol=0, atol=1e-6)
+    for ends in (ends for kind, ends in alone.items() if "embedded" in kind):  # padding joined with a mask is -inf
+        torch.testing.assert_close(ends[-1], ends[-2], rtol=0, atol=1e-6)
     mean, each = alone["embedded ring"][1], alone["embedded ring"][3]
     assert (mean.shape, each.shape) == ((2, LENGTH, LENGTH), (2, 4, LENGTH, LENGTH))
 

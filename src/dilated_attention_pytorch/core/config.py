@@ -221,13 +221,20 @@ class SparseAttentionConfig(DilatedAttentionConfig):
 
     def _check_use(self) -> None:
         super()._check_use()
+        is_bounded = (self.min_sparsity, self.max_sparsity) != SHARES_BOUND
         if self.is_adaptive:
             if self.pattern_type not in ("dilated_sparse", "learned"):
                 raise InvalidInput(
                     f"enable_adaptive chooses from the data, and pattern_type={self.pattern_type!r} is a fixed table: "
                     "leave one out"
                 )
-        elif (self.min_sparsity, self.max_sparsity) != SHARES_BOUND:
+            share = self.fixed_share
+            if is_bounded and share is not None and not self.min_sparsity <= share <= self.max_sparsity:
+                raise InvalidInput(
+                    f"the share kept ({share}) must be between min_sparsity ({self.min_sparsity}) and max_sparsity "
+                    f"({self.max_sparsity}): leave out the share, or the two"
+                )
+        elif is_bounded:
             raise InvalidInput(
                 "min_sparsity and max_sparsity bound what is chosen from the data: add enable_adaptive=True, or say "
                 "the share kept by density="

@@ -309,7 +309,7 @@ def _find(
     kind = _one_name(caller, kind, options.pop("attention_type", None))
     config, distributed = options.pop("attention_config", None), options.pop("distributed_config", None)
     if kind == "auto":
-        kind = _choose(caller, config, options)
+        kind = _choose(caller, config, distributed, options)
     maker = registered.get(kind) or _KINDS.get(kind)
     if maker is None:
         hint = nearest(str(kind), ("auto", *_KINDS, *registered))
@@ -332,13 +332,20 @@ def _one_name(caller: str, kind: str, attention_type: str | None) -> str:
     return name
 
 
-def _choose(caller: str, config: DilatedAttentionConfig | None, options: dict[str, Any]) -> str:
+def _choose(
+    caller: str,
+    config: DilatedAttentionConfig | None,
+    distributed: DistributedConfig | None,
+    options: dict[str, Any],
+) -> str:
     """What "auto" is here, said in the log."""
     ranks = rank_of_world()[1]
     if isinstance(config, SparseAttentionConfig) or _SPARSE_ONLY & set(options):
         kind, why = "block_sparse", "options or a config of block-sparse attention were given"
     elif isinstance(config, RingAttentionConfig) or _RING_ONLY & set(options):
         kind, why = "ring", f"options or a config of a ring were given, for {ranks} rank(s)"
+    elif isinstance(distributed, DistributedConfig) and distributed.sequence_parallel:
+        kind, why = "distributed", f"sequence_parallel was asked for, over {ranks} rank(s)"
     elif ranks > 1:
         kind, why = "distributed", f"the default process group has {ranks} ranks; the method that sends least is taken"
     else:
@@ -387,7 +394,7 @@ def _check_distributed(caller: str, kind: str, maker: _Kind | _Own, config: Dist
     if config.sequence_parallel and isinstance(maker, _Kind) and maker.method is None:
         raise InvalidInput(
             f"{caller}: sequence_parallel deals tokens over ranks, kind {kind!r} does not; take 'ring', 'distributed' "
-            "or 'auto' in a process group"
+            "or 'auto'"
         )
 
 

@@ -42,15 +42,19 @@ class Config(ValidationMixin):
         if self._is_frozen:
             return self
         copy = replace(self)  # type: ignore[type-var]
+        advice = copy._advice()
         for field in fields(copy):  # type: ignore[arg-type]
-            if field.name in self.ADVICE and getattr(copy, field.name) != field.default:
-                value = getattr(copy, field.name)
-                logger.warning(
-                    "%s: %s=%r changes no result: %s", type(self).__name__, field.name, value, self.ADVICE[field.name]
-                )
+            value = getattr(copy, field.name)
+            if field.name in advice and value != field.default:
+                why = advice[field.name]
+                logger.warning("%s: %s=%r changes no result: %s", type(self).__name__, field.name, value, why)
         copy._check_use()
         object.__setattr__(copy, "_is_frozen", True)
         return copy
+
+    def _advice(self) -> Mapping[str, str]:
+        """Fields that change nothing in this config, and why."""
+        return self.ADVICE
 
     def _check_use(self) -> None:
         """Raise InvalidInput for what cannot be had in this process."""

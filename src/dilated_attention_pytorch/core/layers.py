@@ -7,7 +7,7 @@ describes what is done raises InvalidInput with the way to get it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -267,6 +267,14 @@ class SparsePatternConfig(Config):
                 f"max_sparsity ({self.max_sparsity}), in (0, 1]. Got {kept}; create_block_sparse_attention takes the "
                 "share dropped, density= is the share kept in both."
             )
+
+    def _advice(self) -> Mapping[str, str]:
+        advice = {}
+        if self.kept is not None:
+            advice["local_window_size"] = "the share kept decides; give sparsity_ratio=None, and the window does"
+        if self.pattern_type != "global_local":
+            advice["global_tokens"] = f"{self.pattern_type!r} has no global blocks"
+        return advice
 
     @property
     def kept(self) -> float | None:
