@@ -410,7 +410,8 @@ def check_packed(backend: Backend, device: torch.device | str, report: ContractR
     """Law 5: each document of a packed sequence equals the document alone."""
     lengths = (19, 1, 33, 8)
     for inner in (longnet([8, 16], [1, 2]), longnet([6, 10], [2, 3]) & Causal(), Window(4)):
-        case = Case("packed", Documents(list(lengths)).of(inner), query_length=sum(lengths))
+        pattern = Documents(list(lengths)).of(inner)
+        case = Case("packed", pattern, batch=1, query_length=sum(lengths), num_heads=3)  # on every grid of a rate of 3
         name = f"packed {inner.text()}"
         problem = accepted_problem(backend, case.problem(torch.float32, device), case.pattern, name, report)
         if problem is None:

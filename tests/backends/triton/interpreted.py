@@ -37,6 +37,7 @@ from dilated_attention_pytorch.testing.truth import plain, truth
 
 PAPER = longnet([8, 16, 32], [1, 2, 4])
 ODD = longnet([6, 10, 9], [1, 3, 2])  # segments do not nest, rates do not divide them
+TWO = longnet([8, 16], [1, 2])  # the fewest branches that are split, where the feature is another
 
 
 def case(name, pattern, heads=2, length=29, batch=1, **change):
@@ -60,31 +61,31 @@ SMALL = [
     case("documents_cut", Documents([11, 1, 10]) & Window(4)),
     case("documents_batched", Documents([[7, 13, 0], [1, 2, 20]]).of(ODD), batch=2, heads=1),
     case("padded", PAPER & Causal(), batch=2, heads=1, visible=(29, 11)),
-    case("padded_whole", PAPER, batch=2, heads=1, visible=(0, 1)),
+    case("padded_whole", TWO, batch=2, heads=1, visible=(0, 1)),
     case("placed", PAPER & Causal(), batch=2, kv_heads=1, length=11, key_length=31, query_start=14, visible=(31, 19)),
     case("beyond", PAPER & Causal(), length=4, key_length=11, query_start=70),
     case("grouped", ODD, heads=4, kv_heads=2),
-    case("slopes", PAPER & Causal(), score=Relative(slopes=torch.tensor([0.5, 0.25]))),
-    case("table", PAPER, score=Relative(table=torch.linspace(-1, 1, 18).view(2, 9))),
+    case("slopes", TWO & Causal(), score=Relative(slopes=torch.tensor([0.5, 0.25]))),
+    case("table", TWO, score=Relative(table=torch.linspace(-1, 1, 18).view(2, 9))),
     case("one_table", Full(), score=Relative(table=torch.linspace(-1, 1, 9).view(1, 9))),
-    case("dropout", PAPER & Causal(), dropout_p=0.3),
+    case("dropout", TWO & Causal(), dropout_p=0.3),
     case("dropout_grouped", Full(), batch=2, kv_heads=1, length=9, key_length=21, query_start=12, dropout_p=0.5),
-    case("negative_scale", PAPER & Causal(), scale=-0.3),
-    case("zero_scale", ODD & Causal(), scale=0.0),
-    case("values_wider", PAPER, value_dim=20),
-    case("last_dim_strided", ODD & Causal(), layout="last_dim_strided"),
-    case("expanded", PAPER, batch=2, heads=1, length=17, layout="expanded"),
-    case("fused", ODD, heads=4, kv_heads=2, length=17, layout="fused"),
+    case("negative_scale", TWO & Causal(), scale=-0.3),
+    case("zero_scale", TWO & Causal(), scale=0.0),
+    case("values_wider", TWO, value_dim=20),
+    case("last_dim_strided", TWO & Causal(), layout="last_dim_strided"),
+    case("expanded", TWO, batch=2, heads=1, length=17, layout="expanded"),
+    case("fused", TWO, heads=4, kv_heads=2, length=17, layout="fused"),
     case("crossing", longnet([40, 72], [1, 2]), heads=1, length=110),  # tiles cross segments that hold whole blocks
     case("whole_tiles_twice", Full() + Dilated(64, 1), heads=1, length=70),
     case("head_dim_40", PAPER & Causal(), heads=1, length=20, head_dim=40),
     case("product", Dilated(12, 2) & Dilated(20, 3)),  # no closed form: tables of tiles only
 ]
 LAWS = [
-    case("laws", ODD & Causal(), batch=2, length=23, visible=(23, 9)),
-    case("laws_grouped", Window(4) + Dilated(8, 2), kv_heads=1, length=11, key_length=23, query_start=5),
+    case("laws", ODD & Causal(), batch=2, length=17, visible=(17, 9)),
+    case("laws_grouped", Window(4) + Dilated(8, 2), kv_heads=1, length=11, key_length=19, query_start=5),
 ]
-LONG = case("long", longnet([64, 128, 200], [1, 2, 3]) & Causal(), length=300, head_dim=48, kv_heads=1)
+LONG = case("long", longnet([64, 128, 150], [1, 2, 3]) & Causal(), length=200, head_dim=48, kv_heads=1)
 TINY = {"block_m": 16, "block_n": 16, "backward_block_m": 16, "backward_block_n": 16}
 
 
@@ -118,7 +119,10 @@ def plans_of(problem: Problem, pattern) -> list[Plan]:
 
 
 def check_value(small: Case, dtype: torch.dtype, splits: tuple[str, ...], blocks: dict[str, int] = TINY) -> int:
-    """Law 1 and 2 for both kinds of plan, with chosen blocks; the number of runs."""
+    """Law 1 and 2 for both kinds of plan, with chosen blocks; the number of runs.
+
+    Forward differs with the split, gradients do not: they are taken once.
+    """
     problem = small.problem(dtype)
     dout, dlse = cotangents(problem)
     expected = truth(problem, small.pattern, dout, dlse)
@@ -131,7 +135,8 @@ def check_value(small: Case, dtype: torch.dtype, splits: tuple[str, ...], blocks
         for split in splits if isinstance(plan, StridedPlan) else splits[:1]:
             backend = TritonBackend(TritonOptions(split=split, **blocks))
             assert not backend.reasons_against(problem, plan), backend.reasons_against(problem, plan)
-            found = run(backend, problem, plan, dout, dlse)
+            given = dataclasses.replace(problem, needs_grad=split == splits[0])
+            found = run(backend, given, plan, dout, dlse)
             name = f"{small.name} {dtype} {type(plan).__name__} {split}"
             if not torch.equal(found.lse == -torch.inf, expected.lse == -torch.inf):
                 raise ContractViolation(f"{name}: lse is not -inf exactly in the rows that see no key")

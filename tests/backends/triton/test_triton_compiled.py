@@ -12,18 +12,25 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'dila
 
 SCRIPT = Path(__file__).with_name("compiled.py")
 
-HOPPER = [
+EVERY_DAY = [
     "forward_branch:sm_90:48",
-    "forward_list:sm_90:64",
-    "forward_branch:sm_90:64:full",
     "forward_blocks:sm_90:64",
+    "queries_list:sm_90:128",
+    "forward_list:sm_90:64:documents:padded:grouped:dropout",
+    "keys_list:sm_90:64:window:grouped:slopes",
+    "keys_list:sm_80:64",
+    "forward_list:gfx942:64",
+]
+"""Each kernel of strided plans, each family of devices and both ends of the head dims, in one process."""
+NIGHTLY = [
+    "forward_branch:sm_90:64:full",
+    "forward_branch:sm_90:128",
+    "forward_list:sm_90:64",
     "queries_list:sm_90:64",
     "keys_list:sm_90:64",
-    "forward_branch:sm_90:128",
-    "queries_list:sm_90:128",
+    "forward_list:sm_80:64",
+    "forward_branch:gfx942:64",
 ]
-FEATURES = ["forward_list:sm_90:64:documents:padded:grouped:dropout", "keys_list:sm_90:64:window:grouped:slopes"]
-OTHERS = ["forward_list:sm_80:64", "keys_list:sm_80:64", "forward_branch:gfx942:64", "forward_list:gfx942:64"]
 
 
 def compile_kernels(specs: list[str], cache: Path) -> list[dict]:
@@ -48,7 +55,9 @@ def check(figures: dict) -> None:
     assert (figures["wgmma"] > 0) == ("sm_90" in figures["spec"]), figures
 
 
-@pytest.mark.parametrize("specs", [HOPPER[:4], HOPPER[4:], FEATURES, OTHERS])
+@pytest.mark.parametrize(
+    "specs", [EVERY_DAY, pytest.param(NIGHTLY, marks=pytest.mark.nightly)], ids=["every day", "nightly"]
+)
 def test_kernels_compile_without_spills_in_their_loops(specs, tmp_path):
     found = compile_kernels(specs, tmp_path)
     assert [figures["spec"] for figures in found] == specs
