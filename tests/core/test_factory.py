@@ -1,7 +1,9 @@
 """Each kind makes the layer that it names, on one process and on two; what is not understood is named."""
 
+import copy
 import logging
 import os
+import pickle
 from functools import partial
 
 import pytest
@@ -352,6 +354,17 @@ def every_layer():
 
 def context_of(layer):
     return getattr(layer, "attention", layer).context_parallel
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_of_every_layer_compute_the_same_before_a_forward_and_after(copier):
+    heads, embeddings = torch.randn(1, 40, 4, 8), torch.randn(2, 40, 32)
+    for name, layer in every_layer().items():
+        rows = (embeddings,) if hasattr(layer, "attention") else (heads,) * 3
+        before = copier(layer)
+        out = layer(*rows, is_causal=True)
+        for twin in (before, copier(layer)):
+            assert torch.equal(twin(*rows, is_causal=True), out), name
 
 
 def _on_two_ranks(heads, embeddings):
