@@ -13,7 +13,11 @@ from dilated_attention_pytorch.reports.measured import filled_page
 from dilated_attention_pytorch.reports.tables import Table
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"sparse_speed.md": ("sparse", "selectors", "orders", "winners"), "parallel.md": ("parallel",)}
+PAGES = {
+    "sparse_speed.md": ("sparse", "selectors", "orders", "winners"),
+    "parallel.md": ("parallel",),
+    "memory.md": ("pools",),
+}
 MARKED = "a\n<!-- table: box/{} -->\nold\n<!-- end of table -->\nb\n"
 
 

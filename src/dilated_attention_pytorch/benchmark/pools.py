@@ -157,7 +157,7 @@ def _seconds_of_ranks(case: PoolCase, rounds: int, progress: Callable[[], object
 def _peak(case: PoolCase, name: str) -> int:
     """The most bytes that a process (of several, the largest) held above what it held before its first call."""
     with crew(RANKS if case.method else 1, lambda: _jobs(case)) as run:
-        return max(run(f"peak {name}").results)
+        return int(max(run(f"peak {name}").results))
 
 
 def _jobs(case: PoolCase) -> dict[str, Callable[[], object]]:

@@ -34,7 +34,7 @@ from dilated_attention_pytorch.memory.strategies import Arena, Bytes, Extent, Si
 POOL_TYPES = ("default", "ring", "sparse", "distributed")
 COLD_SECONDS = 30.0  # a cold buffer is dropped so long after the pool learned of its return
 TRIM_SECONDS = 1.0  # between two looks at ages and at the system's free memory
-COLLECT_SECONDS = 10.0  # between two garbage collections that a full pool asks for
+COLLECT_SECONDS = 60.0  # between two garbage collections that a full pool asks for
 LEAST_FREE = 0.1  # of a memory limit; with less, free buffers are dropped
 MOST_REQUESTS = 1024  # remembered forms of requests
 
