@@ -15,10 +15,11 @@ SCRIPT = Path(__file__).with_name("interpreted.py")
 # What one process runs, so that each takes about as long; interpreted.py says what the names are.
 GROUPS = {
     "patterns": "causal window window_causal paper odd odd_causal rate_above_segment rate_above_int32 product "
-    "torchscale head_groups same_branch_twice grouped mixed_bounds documents documents_cut documents_batched",
+    "torchscale head_groups same_branch_twice grouped mixed_bounds documents documents_cut documents_batched "
+    "crossing whole_tiles_twice head_dim_40 partial:paper",
     "values": "padded padded_whole placed beyond values_wider last_dim_strided expanded fused half:documents slopes "
     "table one_table dropout dropout_grouped dropout_words negative_scale zero_scale half:odd_causal",
-    "laws": "laws wrong_plan large_offsets head_dim_40 default_blocks crossing whole_tiles_twice partial:paper packed",
+    "laws": "laws wrong_plan large_offsets default_blocks packed",
 }
 
 
