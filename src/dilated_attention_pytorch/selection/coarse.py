@@ -19,9 +19,6 @@ from dilated_attention_pytorch.patterns.base import Block
 from dilated_attention_pytorch.problem import Problem, accumulate_dtype, positions_end
 from dilated_attention_pytorch.selection.blocks import BOUND_CELLS, SelectedTiles, block_bounds, blocks_problem
 
-_GREATEST_COUNT = 255
-"""Tables of tiles hold counts in 8 bits: a pooled key of more stands there several times, with a share of the count."""
-
 
 def attend_with_coarse(
     q: Tensor,
@@ -67,15 +64,11 @@ def attend_with_coarse(
         return fine if return_lse else fine[0]
     rows, size = selected.blocks.block_size
     counts = pooled_counts(problem, selected.right, (rows, size)).to(q.device)
-    copies = -(-int(counts.max()) // _GREATEST_COUNT)  # of all blocks: the choice must not say how a row is summed
     chosen = selected.layout.to(q.device)[..., : counts.shape[-2], : counts.shape[-1]] > 0
     counts = torch.where(chosen, 0, counts)
     keys, values = (pooled(x, size, problem.key_lengths) for x in (k, v))
-    if copies > 1:
-        counts = torch.stack([(counts + i) // copies for i in range(copies)], -1).flatten(-2)
-        keys, values = (x.repeat_interleave(copies, 1) for x in (keys, values))
     start = problem.query_positions[0].start
-    pattern = SelectedTiles(BlockSparse((rows, 1), counts.to(torch.uint8)), Full())
+    pattern = SelectedTiles(BlockSparse((rows, 1), counts), Full())
     coarse = attend(q, keys, values, pattern, query_start=start, **options)
     out, lse = merge(fine, coarse)
     return (out, lse) if return_lse else out
