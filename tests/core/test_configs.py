@@ -19,6 +19,7 @@ from dilated_attention_pytorch.core import (
     SparseAttentionConfig,
     SparsePatternConfig,
     create_dilated_attention,
+    create_multihead_dilated_attention,
 )
 from dilated_attention_pytorch.core import config as module
 from dilated_attention_pytorch.training.settings import TrainingSettings
@@ -190,3 +191,92 @@ def test_a_training_run_is_asked_for_what_no_layer_does():
 def test_the_pool_s_config_is_the_pool_s():
     assert MemoryPoolConfig is memory.MemoryPoolConfig is module.MemoryPoolConfig
     assert MemoryPoolConfig().max_pool_size_mb == 1024
+
+
+SIZES, BLOCKS = {"embed_dim": 32, "num_heads": 4}, {"segment_lengths": [32, 64], "dilation_rates": [1, 2]}
+OTHER_VALUES = {
+    MultiheadConfig: {
+        "embed_dim": 64,
+        "num_heads": 8,
+        "bias": False,
+        "layer_norm": False,
+        "layer_norm_eps": 1e-3,
+        "gamma_init": 0.5,
+        "device": "meta",
+        "dtype": "float64",
+    },
+    DilatedAttentionConfig: {
+        "segment_lengths": [16, 64],
+        "dilation_rates": [1, 4],
+        "dropout": 0.1,
+        "use_tf32": False,
+        "device": "meta",
+        "dtype": "float64",
+    },
+    RingAttentionConfig: {
+        "block_size": 64,
+        "ring_size": 2,
+        "use_checkpointing": False,
+        "use_memory_pool": False,
+        "max_cached_buffers": 7,
+    },
+    SparseAttentionConfig: {
+        "pattern_type": "local_window",
+        "sparsity_ratio": 0.5,
+        "block_size": 16,
+        "enable_adaptive": True,
+        "min_sparsity": 0.2,
+        "max_sparsity": 0.5,
+        "density": 0.5,
+    },
+    DistributedConfig: {
+        "world_size": 2,
+        "rank": 1,
+        "backend": "gloo",
+        "sequence_parallel": True,
+        "model_parallel": True,
+        "pipeline_parallel": True,
+        "gradient_checkpointing": True,
+        "communication_optimization": False,
+        "bucket_size_mb": 5,
+        "enable_async_communication": False,
+        "gradient_compression_ratio": 0.5,
+        "zero_stage": 3,
+    },
+}
+
+
+def seen_of(kind, values, caplog):
+    """All that a user sees of a layer made with these fields: the layer, or the error, and what is logged."""
+    caplog.clear()
+    torch.manual_seed(0)
+    options = {} if kind in (MultiheadConfig, DistributedConfig) else dict(BLOCKS)
+    config, sizes = kind(**{**(SIZES if kind is MultiheadConfig else options), **values}), MultiheadConfig(**SIZES)
+    words = {"multihead_config": config if kind is MultiheadConfig else sizes}
+    words["distributed_config" if kind is DistributedConfig else "attention_config"] = config
+    if kind is MultiheadConfig:
+        words["attention_config"] = DilatedAttentionConfig(**BLOCKS)
+    try:
+        layer = create_multihead_dilated_attention("auto", **words)
+    except InvalidInput as error:
+        return str(error)
+    weights = [
+        (x.device, x.dtype, x.double().norm().item() if x.device.type == "cpu" else 0) for x in layer.parameters()
+    ]
+    inside = layer.attention
+    return repr(layer), weights, inside.attention_dropout, inside.context_parallel, caplog.messages
+
+
+FIELDS = [(kind, name) for kind, values in OTHER_VALUES.items() for name in values]
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_no_field_is_stored_and_forgotten(kind, name, caplog, monkeypatch):
+    own = {f.name for f in dataclasses.fields(kind)}
+    inherited = (
+        {f.name for f in dataclasses.fields(DilatedAttentionConfig)} if kind is not DilatedAttentionConfig else set()
+    )
+    assert set(OTHER_VALUES[kind]) == (own - inherited if issubclass(kind, DilatedAttentionConfig) else own)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    with caplog.at_level(logging.WARNING):
+        assert seen_of(kind, {name: OTHER_VALUES[kind][name]}, caplog) != seen_of(kind, {}, caplog)
