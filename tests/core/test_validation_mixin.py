@@ -64,7 +64,7 @@ FAILURES = {
     ),
     "mask's dtype": (
         lambda: Check.validate_attention_mask(torch.ones(5, 5, dtype=torch.int), 2, 5),
-        "attention_mask must have a boolean or floating dtype, got torch.int32; convert it with .bool()",
+        "expected attention_mask of dtype bool or float. Got torch.int32; convert it with .bool().",
     ),
     "dropout": (lambda: Check.validate_dropout_prob(1.0), "expected dropout in [0, 1). Got 1.0."),
     "head dim": (

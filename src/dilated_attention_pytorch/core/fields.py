@@ -13,6 +13,7 @@ import torch
 from dilated_attention_pytorch.core.names import nearest
 from dilated_attention_pytorch.core.validation import ValidationMixin
 from dilated_attention_pytorch.errors import InvalidInput
+from dilated_attention_pytorch.memory.config import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +125,7 @@ def one_of(name: str, first: Any, second: Any) -> Any:
 
 def as_device(value: Any) -> torch.device | None:
     """A device from its name too; None stays None. Raises InvalidInput for anything else."""
-    if value is None or isinstance(value, torch.device):
-        return value
-    try:
-        return torch.device(value)
-    except (RuntimeError, TypeError) as error:
-        raise InvalidInput(f"device must be a torch.device, its name, or None, got {value!r}") from error
+    return None if value is None else device_of(value)
 
 
 def as_dtype(value: Any) -> torch.dtype | None:

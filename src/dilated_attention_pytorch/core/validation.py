@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.nn.base import check_dropout
+from dilated_attention_pytorch.nn.base import check_dropout, check_mask_dtype
 from dilated_attention_pytorch.nn.multihead import check_heads
 
 
@@ -117,10 +116,7 @@ got 3 and 2
                 f"{name} must have shape {sides} or ({batch_size} or 1, heads or 1, {sides[0]}, {sides[1]}), got "
                 f"{tuple(mask.shape)}"
             )
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise InvalidInput(
-                f"{name} must have a boolean or floating dtype, got {mask.dtype}; convert it with .bool()"
-            )
+        check_mask_dtype(name, mask)
 
     @staticmethod
     def validate_dropout_prob(dropout: float, name: str = "dropout") -> None:

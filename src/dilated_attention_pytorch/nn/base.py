@@ -264,13 +264,18 @@ def bias_from_mask(name: str, mask: Tensor, like: Tensor, *, true_takes_part: bo
         >>> bias_from_mask("mask", keep, torch.zeros(1), true_takes_part=True).tolist()
         [0.0, -inf]
     """
+    check_mask_dtype(name, mask)
     if mask.dtype == torch.bool:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         hidden = ~mask if true_takes_part else mask
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(hidden, -torch.inf)
-    if not mask.is_floating_point():
-        raise InvalidInput(f"expected {name} of dtype bool or float. Got {mask.dtype}; convert it with .bool().")
     return mask
+
+
+def check_mask_dtype(name: str, mask: Tensor) -> None:
+    """Raise InvalidInput for a mask that is neither boolean nor floating."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InvalidInput(f"expected {name} of dtype bool or float. Got {mask.dtype}; convert it with .bool().")
 
 
 def dense_weights(q: Tensor, k: Tensor, pattern: Pattern, **options: Any) -> Tensor:
