@@ -15,7 +15,7 @@ from dilated_attention_pytorch import Causal, InvalidInput, longnet
 from dilated_attention_pytorch.benchmark.received import ReceivedBytes
 from dilated_attention_pytorch.nn.context import set_context_parallel
 from dilated_attention_pytorch.parallel import ContextParallel, Layout, context_parallel_attend
-from dilated_attention_pytorch.parallel.choice import received_by
+from dilated_attention_pytorch.parallel.choice import METHODS, rank_problem
 from dilated_attention_pytorch.parallel.costs import planned_world
 from dilated_attention_pytorch.parallel.estimate import Job, Stack, estimate
 from dilated_attention_pytorch.parallel.explanation import explain_world
@@ -172,7 +172,7 @@ def test_bytes_and_collectives_among_a_thousand_ranks():
     world = planned_world(whole, "contiguous", 1024, 33)
     (found,) = run_world(1, among_a_thousand, length, 33)
     for method in ("gather", "ring"):
-        told = received_by(method, whole, FAR, world)[1]  # of rank 33
+        told = METHODS[method].traffic(rank_problem(whole, world, 33), FAR, world)
         assert found[method][:2] == told, method
     assert sum(found["gather"][2].values()) == 1  # one all-to-all brings the rows of all branches
 

@@ -1,7 +1,8 @@
 """What worlds of ranks are held to: every method, layout and backend on every kind of problem equals one process."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,8 @@ MOST_GROWTH = 1.02  # of half types' errors from one process to many; rounded pa
 LENGTH = 53  # tokens; no world divides it
 
 
-def cases(num_heads: int = 6) -> dict[str, Case]:
+@cache
+def cases(num_heads: int = 6) -> Mapping[str, Case]:
     """Every kind of problem by name; ``num_heads`` is what all-to-all divides."""
     paper = longnet([8, 16, 32], [1, 2, 4])
     g = torch.Generator().manual_seed(3)
@@ -174,7 +176,7 @@ def attempt(asked: Asked, trial: Trial, mesh=None, group=None) -> dict[str, Tens
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     mine = rows_of(trial.layout, asked.q.shape[1], rank, size)
     before = [x.detach().clone() for x in leaves]
-    torch.manual_seed(5)
+    torch.default_generator.manual_seed(5)
     try:
         out, lse = context_parallel_attend(
             *leaves,
@@ -220,10 +222,14 @@ def errors(asked: Asked, layout: str, found: dict[str, Tensor], group=None) -> d
     return told
 
 
-def ask_for(trials: list[Trial], num_heads: int) -> dict[tuple[str, torch.dtype], Asked]:
-    """What the trials are about."""
-    known = cases(num_heads)
-    return {(name, dtype): ask(known[name], dtype) for name, dtype in {(t.case, t.dtype): None for t in trials}}
+@cache
+def _ask(name: str, dtype: torch.dtype, num_heads: int) -> Asked:
+    return ask(cases(num_heads)[name], dtype)
+
+
+def ask_for(trials: Sequence[Trial], num_heads: int) -> dict[tuple[str, torch.dtype], Asked]:
+    """What the trials are about; asked once for all worlds."""
+    return {(t.case, t.dtype): _ask(t.case, t.dtype, num_heads) for t in trials}
 
 
 def tell(asked: dict[tuple[str, torch.dtype], Asked], trials: list[Trial]) -> list[dict[str, float] | str]:
@@ -245,30 +251,45 @@ def tell(asked: dict[tuple[str, torch.dtype], Asked], trials: list[Trial]) -> li
     return told
 
 
-def square_errors(asked: list[Asked], trial: Trial) -> dict[str, Tensor]:
-    """In each rank: the sum of squared errors over all problems, and of how many numbers, by tensor."""
-    sums: dict[str, Tensor] = {}
-    for problem in asked:
-        found = attempt(problem, trial)
-        assert not isinstance(found, str), found
-        for name, x, expected in beside_the_truth(problem, trial.layout, found):
-            mine = torch.tensor([float((x - expected).square().sum()), x.numel()], dtype=torch.float64)
-            sums[name] = sums.get(name, 0) + mine
-    return sums
+Many = Mapping[tuple[str, torch.dtype], Sequence[Asked]]
+"""Problems of a case that differ in their numbers."""
 
 
-def rms_errors(size: int, asked: list[Asked], trial: Trial) -> dict[str, float]:
-    """The root of the mean squared error over all problems and ranks, by tensor."""
-    told = run_world(size, square_errors, asked, trial, timeout=300)
-    totals = {name: sum(ends[name] for ends in told) for name in told[0]}
-    return {name: float((total[0] / total[1]).sqrt()) for name, total in totals.items()}
+@cache
+def ask_many(names: tuple[str, ...], dtypes: tuple[torch.dtype, ...], length: int, num_heads: int) -> Many:
+    """Each case at this length with the numbers of five seeds."""
+    known = {name: replace(cases(num_heads)[name], query_length=length) for name in names}
+    return {(name, dtype): [ask(known[name], dtype, seed) for seed in range(5)] for name in names for dtype in dtypes}
 
 
-def half_type_errors(method: str, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
-    """`rms_errors` of five small causal problems in bfloat16, by size of the world."""
-    case = replace(cases()["longnet_causal"], query_length=150)
-    problems = [ask(case, torch.bfloat16, seed) for seed in range(5)]
-    return {size: rms_errors(size, problems, Trial(case.name, "zigzag", method)) for size in sizes}
+def square_errors(asked: Many, trials: Sequence[Trial]) -> list[dict[str, Tensor]]:
+    """In each rank, for each trial: the sum of squared errors over all its problems, and of how many, by tensor."""
+    told = []
+    for trial in trials:
+        sums: dict[str, Tensor] = {}
+        for problem in asked[trial.case, trial.dtype]:
+            found = attempt(problem, trial)
+            assert not isinstance(found, str), found
+            for name, x, expected in beside_the_truth(problem, trial.layout, found):
+                mine = torch.tensor([float((x - expected).square().sum()), x.numel()], dtype=torch.float64)
+                sums[name] = sums.get(name, 0) + mine
+        told.append(sums)
+    return told
+
+
+def rms_errors(size: int, asked: Many, trials: Sequence[Trial]) -> list[dict[str, float]]:
+    """For each trial the root of the mean squared error over all its problems and ranks, by tensor."""
+    found = []
+    for ends in zip(*run_world(size, square_errors, asked, trials, timeout=300), strict=True):
+        totals = {name: sum(end[name] for end in ends) for name in ends[0]}
+        found.append({name: float((total[0] / total[1]).sqrt()) for name, total in totals.items()})
+    return found
+
+
+def half_type_errors(size: int, *methods: str) -> list[dict[str, float]]:
+    """`rms_errors` of five small causal problems in bfloat16 by each method."""
+    asked = ask_many(("longnet_causal",), (torch.bfloat16,), 150, 6)
+    return rms_errors(size, asked, [Trial("longnet_causal", "zigzag", m, dtype=torch.bfloat16) for m in methods])
 
 
 def judge(trials: list[Trial], told: list[list[dict[str, float] | str]], refused: Callable[[Trial], bool]) -> None:
