@@ -1,6 +1,7 @@
 """The house keeps its order: imports point up the list of rooms, files stay small, names mean one thing."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -61,6 +62,13 @@ def room_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def read(path: Path) -> tuple[str, ast.Module]:
+    """A source file's text and tree; no test may change either."""
+    text = path.read_text(encoding="utf-8")
+    return text, ast.parse(text)
+
+
 def imported_rooms(tree: ast.AST) -> set[str]:
     """Rooms that a module names in any import statement, wherever it stands."""
     modules = set()
@@ -89,7 +97,7 @@ def test_every_room_stands_in_the_order():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_up(path: Path):
-    room, tree = room_of(path), ast.parse(path.read_text())
+    room, tree = room_of(path), read(path)[1]
     if room in DOOR:
         return
     back = {name for name in imported_rooms(tree) if name != room and ORDER.index(name) > ORDER.index(room)}
@@ -125,12 +133,14 @@ def test_no_cycle_between_modules_of_a_room():
         if path.name == "__init__.py":
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):  # within a room, a name for type checkers only is no cycle
+        nodes, for_types = list(ast.walk(read(path)[1])), set()
+        for node in nodes:  # within a room, a name for type checkers only is no cycle
             if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-                node.body = []
+                for_types |= {part for line in node.body for part in ast.walk(line)}
         graph[".".join(parts)] = {
-            n.module.removeprefix(PACKAGE + ".") for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module
+            n.module.removeprefix(PACKAGE + ".")
+            for n in nodes
+            if isinstance(n, ast.ImportFrom) and n.module and n not in for_types
         }
 
     def reach(start: str, here: str, seen: set[str]) -> bool:
@@ -145,21 +155,21 @@ def test_no_cycle_between_modules_of_a_room():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_small_and_well_named(path: Path):
-    text = path.read_text()
+    text, tree = read(path)
     assert len(text.splitlines()) <= LINE_LIMIT
     for part in path.relative_to(ROOT).parts:
         name = part.removesuffix(".py")
         assert name not in ("utils", "util", "common", "helpers", "helper", "misc")
         assert not re.search(r"^improved_|_v\d+$|_fixed$|_optimized$|_final$", name), name
-    names = {n.name for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    names = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     bad = {n for n in names if re.search(r"^improved_|^Improved|_v\d+$|_fixed$|_optimized$|_final$", n)}
     assert bad <= PROMISED, bad
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_print_no_bare_except_no_notes_to_self(path: Path):
-    text = path.read_text()
-    for node in ast.walk(ast.parse(text)):
+    text, tree = read(path)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("print", "eval", "exec"), f"line {node.lineno}"
         if isinstance(node, ast.ExceptHandler):

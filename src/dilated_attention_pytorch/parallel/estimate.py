@@ -224,10 +224,10 @@ def estimate(job: Job, machine: Machine) -> Estimate:
     Example:
         >>> from dilated_attention_pytorch import longnet
         >>> from dilated_attention_pytorch.parallel.machines import MACHINES
-        >>> job = Job(Stack(), longnet([2048, 1 << 20], [1, 512]), tokens=10**9, world=1024)
+        >>> job = Job(Stack(), longnet([2048, 1 << 16], [1, 32]), tokens=10**6, world=8)
         >>> found = estimate(job, MACHINES["h100"])
         >>> found.attention.choice.name, found.fits
-        ('gather', False)
+        ('gather', True)
     """
     stack = job.stack
     one = torch.empty(1, dtype=TORCH_DTYPES[job.dtype], device="meta")
