@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch.backends.tuning import using
+from fresh_interpreters import FreshInterpreters
 
 torch.set_num_threads(1)
 
@@ -17,3 +18,10 @@ def _seeded():
 def _untuned():
     with using():
         yield
+
+
+@pytest.fixture(scope="session")
+def fresh_interpreters(tmp_path_factory):
+    interpreters = FreshInterpreters(tmp_path_factory.mktemp("fresh"))
+    yield interpreters
+    interpreters.close()

@@ -3,8 +3,6 @@
 import ast
 import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -182,13 +180,12 @@ def test_no_print_no_bare_except_no_notes_to_self(path: Path):
     assert "/home/" not in text
 
 
-def test_import_brings_little():
+def test_import_brings_little(fresh_interpreters):
     script = (
         "import sys, torch; before = set(sys.modules); import dilated_attention_pytorch;"
         "print('\\n'.join(sorted(set(sys.modules) - before)))"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    added = result.stdout.split()
+    added = fresh_interpreters.run(script).split()
     heavy = ("matplotlib", "rich", "typer", "click", "safetensors", "hypothesis", "pytest", "torch._dynamo")
     assert [m for m in added if m.split(".")[0] in heavy or m in heavy] == []
     late = ("nn", "models", "core", "testing", "training", "benchmark", "reports", "cli", "parallel")

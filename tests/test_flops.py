@@ -1,7 +1,6 @@
 """FlopCounterMode counts useful FLOPs: those that explain() shows, forward and backward."""
 
 import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -135,7 +134,7 @@ def test_registering_twice_changes_nothing():
     assert counter.flop_registry[OPS.attend] is before
 
 
-def test_the_counter_is_awaited_not_imported():
+def test_the_counter_is_awaited_not_imported(fresh_interpreters):
     """Importing the package imports no counter; a counter imported later knows the formulas, and imports as ever."""
     script = """
 import sys, torch
@@ -153,7 +152,7 @@ assert counter.get_total_flops() == 2 * (2 + 2) * 10
 import inspect
 assert "class FlopCounterMode" in inspect.getsource(FlopCounterMode)
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    fresh_interpreters.run(script)
 
 
 def test_the_page_on_compiling_runs(monkeypatch):

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import stat
-import subprocess
 import sys
 import threading
 
@@ -186,14 +185,14 @@ def test_the_answer_is_kept(monkeypatch, tmp_path):
     assert library.cache_folder() == asked[0][1]
 
 
-def test_nothing_is_built_at_import():
+def test_nothing_is_built_at_import(fresh_interpreters):
     script = (
         "import subprocess\n"
         "def refuse(*a, **k): raise AssertionError('a process was started')\n"
         "subprocess.Popen.__init__ = refuse\n"
         "import dilated_attention_pytorch.backends.native.backend\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    fresh_interpreters.run(script)
 
 
 @pytest.mark.parametrize("vector", ["auto", "portable"])

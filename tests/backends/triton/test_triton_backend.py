@@ -1,10 +1,7 @@
 """The Triton backend without a GPU: what it refuses and why, its options, and the tables that it makes for kernels."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -44,14 +41,14 @@ def test_a_missing_triton_is_a_reason_with_the_line_that_mends_it(monkeypatch):
     assert "pip install 'dilated-attention-pytorch[triton]'" in error
 
 
-def test_the_package_imports_without_triton():
+def test_the_package_imports_without_triton(fresh_interpreters):
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "from dilated_attention_pytorch.backends.triton import TritonBackend, TritonOptions\n"
         "assert TritonBackend().options == TritonOptions()\n"
         "assert not any(name.startswith('triton.') for name in sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh_interpreters.run(code)
 
 
 @needs_triton
@@ -65,7 +62,7 @@ def test_on_a_cpu_the_reason_says_where_the_kernels_run():
     assert "backend='sdpa'" in text
 
 
-def test_asking_on_a_cpu_imports_no_triton():
+def test_asking_on_a_cpu_imports_no_triton(fresh_interpreters):
     code = (
         "import sys, torch\n"
         "from dilated_attention_pytorch.backends.triton import TritonBackend\n"
@@ -77,7 +74,7 @@ def test_asking_on_a_cpu_imports_no_triton():
         "assert TritonBackend().reasons_against(given, candidate_plans(Causal(), given)[0])\n"
         "assert 'triton' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    fresh_interpreters.run(code, TRITON_INTERPRET="0")
 
 
 @pytest.mark.parametrize(
