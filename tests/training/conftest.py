@@ -1,6 +1,7 @@
 """A small text and runs on it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from byte_reader import SETTINGS, Reader
+from shared_runs import calm_reader, losses
 
+from dilated_attention_pytorch.training.loop import train
 from dilated_attention_pytorch.training.run import Run
 
 
@@ -27,10 +30,10 @@ def reader() -> Callable[[], Reader]:
     return build
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = np.array(["alpha", "beta", "gamma", "delta", "epsilon"])
-    file = tmp_path / "text.txt"
+    file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(" ".join(np.random.RandomState(1).choice(words, 4000)))
     return file
 
@@ -42,3 +45,17 @@ def new_run(tmp_path: Path, text: Path) -> Callable[..., Run]:
         return Run.create(tmp_path / name, settings, {"kind": "reader"}, text)
 
     return create
+
+
+@pytest.fixture(scope="session")
+def straight_losses(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[[int], list[float]]:
+    """Losses of a calm reader's run in one process and without a stop, by batch size."""
+
+    @functools.cache
+    def of(batch_size: int) -> list[float]:
+        settings = dataclasses.replace(SETTINGS, batch_size=batch_size)
+        run = Run.create(tmp_path_factory.mktemp("straight") / "run", settings, {"kind": "reader"}, text)
+        train(calm_reader(), run)
+        return losses(run)
+
+    return of

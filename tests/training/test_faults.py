@@ -1,6 +1,7 @@
 """A rank that fails ends the others' steps in time, a restart changes nothing, and memory may run out once."""
 
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -30,8 +31,10 @@ from parallel.worlds import ends_of_world, run_world
 forked = pytest.mark.skipif(os.name != "posix", reason="worlds are forked")
 
 
-def kill_one(step):
+def kill_one(checkpoint, step):
     if dist.get_rank() == 2 and step.step == 7:
+        while not checkpoint.is_dir():  # it is written beside the steps
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -39,7 +42,8 @@ def kill_one(step):
 def test_one_of_four_is_killed_and_a_new_world_goes_on_to_the_same_losses(new_run):
     whole, run = new_run("whole", batch_size=4, steps=9), new_run("run", batch_size=4, steps=9)
     run_world(4, rank_trains, whole.path, free_port(), dropping_reader)
-    ends = ends_of_world(4, rank_trains, run.path, free_port(), dropping_reader, kill_one, None, 4.0)
+    kill = functools.partial(kill_one, run.checkpoints / "step-00000004")
+    ends = ends_of_world(4, rank_trains, run.path, free_port(), dropping_reader, kill, None, 3.0)
     assert "exit code -9" in ends[2].text
     for rank in (0, 1, 3):
         assert f"RankLost: rank {rank} of 4" in ends[rank].text
@@ -49,23 +53,25 @@ def test_one_of_four_is_killed_and_a_new_world_goes_on_to_the_same_losses(new_ru
     assert losses(run) == losses(whole)
 
 
-def hang(step):
-    if dist.get_rank() == 1 and step.step == 2:
-        time.sleep(4)
+def lost_while_one_hangs(path, port):
+    rank = dist.get_rank()
 
+    def hang(step):
+        deadline = time.monotonic() + 20
+        while rank == 1 and step.step == 2 and not all((path / f"lost-{other}").exists() for other in (0, 2)):
+            assert time.monotonic() < deadline, "the others wait for as long as this rank hangs"
+            time.sleep(0.05)
 
-def seconds_until_lost(path, port):
-    began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"hung for more than 1 s"):
         rank_trains(path, port, calm_reader, hang, timeout=1.0)
-    return time.monotonic() - began
+    (path / f"lost-{rank}").touch()
 
 
 @forked
-def test_a_rank_that_hangs_becomes_an_error_on_the_others_in_time(new_run):
+def test_a_rank_that_hangs_becomes_an_error_on_the_others_while_it_does(new_run):
     run = new_run("run", batch_size=3)
-    waited = run_world(3, seconds_until_lost, run.path, free_port())
-    assert max(waited[0], waited[2]) < 4 < waited[1]
+    run_world(3, lost_while_one_hangs, run.path, free_port())
+    assert (run.path / "lost-1").exists()
 
 
 class Scarce(Reader):
@@ -94,9 +100,8 @@ def scarce(calls, behind=False):
     return model
 
 
-def test_memory_runs_out_once_and_the_gradient_is_the_same(new_run, caplog):
-    straight, run = new_run("straight", batch_size=3), new_run("run", batch_size=3)
-    train(calm_reader(), straight)
+def test_memory_runs_out_once_and_the_gradient_is_the_same(new_run, straight_losses, caplog):
+    run = new_run("run", batch_size=3)
     model = scarce({6})
     with caplog.at_level(logging.WARNING, "dilated_attention_pytorch"):
         train(model, run, stop_requested=lambda: model.count > 12)
@@ -107,7 +112,7 @@ def test_memory_runs_out_once_and_the_gradient_is_the_same(new_run, caplog):
     continued = scarce({})
     train(continued, Run.open(run.path))
     assert set(continued.sizes) == {2, 1}, "a continued run does not try the whole batch again"
-    assert losses(run) == pytest.approx(losses(straight), abs=1e-5)
+    assert losses(run) == pytest.approx(straight_losses(3), abs=1e-5)
 
 
 def test_memory_that_runs_out_twice_is_an_error(new_run):
@@ -154,7 +159,7 @@ def scarce_ranks(path, port, ranks, calls, behind):
         built.append(scarce(calls if here else {}, behind))
         return built[-1]
 
-    done = rank_trains(path, port, build, timeout=2.5)
+    done = rank_trains(path, port, build, timeout=2.0)
     return done, [model.sizes for model in built], time.monotonic() - began
 
 
@@ -164,13 +169,12 @@ def scarce_ranks(path, port, ranks, calls, behind):
     [("fsdp", (1,), False), ("fsdp", (0,), True), ("fsdp", (0, 1), True), ("ddp", (0, 1), True)],
     ids=["one, before any transfer", "one, behind the forward pass", "all", "all, replicated"],
 )
-def test_memory_runs_out_on_a_rank_and_all_halve_their_batches(new_run, parallel, ranks, behind):
-    straight, run = new_run("straight", batch_size=4), new_run("run", batch_size=4, parallel=parallel)
-    train(calm_reader(), straight)
+def test_memory_runs_out_on_a_rank_and_all_halve_their_batches(new_run, straight_losses, parallel, ranks, behind):
+    run = new_run("run", batch_size=4, parallel=parallel)
     for done, sizes, _ in run_world(2, scarce_ranks, run.path, free_port(), ranks, {6}, behind):
         assert done == 12
         assert sizes == [[2] * 6, [1, 1] * 8]  # from the checkpoint at step 4
-    assert losses(run) == pytest.approx(losses(straight), abs=1e-5)
+    assert losses(run) == pytest.approx(straight_losses(4), abs=1e-5)
 
 
 def runs_out_again(path, port):
