@@ -339,6 +339,9 @@ def every_layer():
         "dropped, over ranks": lambda: create_block_sparse_attention(
             0.5, "global_local", 32, 4, block_size=16, context_parallel=ContextParallel(layout="zigzag")
         ),
+        "alibi, over ranks": lambda: create_multihead_dilated_attention(
+            "standard", 32, 4, **BRANCHES, position="alibi", context_parallel=ContextParallel()
+        ),
         "adaptive": lambda: create_adaptive_sparse_attention(32, 4, block_size=16),
         "learned": lambda: create_adaptive_sparse_attention(32, 4, pattern_type="learned", density=0.5, block_size=16),
     }
@@ -402,7 +405,8 @@ def test_on_two_processes_every_factory_and_kind_computes_the_same_twice():
             assert torch.equal(a, b)
     rings, shares = ("ring", "ring_distributed", "block_sparse_ring"), ("auto", "distributed", "improved_distributed")
     expected = dict.fromkeys(rings, "ring") | dict.fromkeys((*shares, "block_sparse_ring_distributed"), "auto")
-    assert methods == {**expected, **{f"multihead {k}": v for k, v in expected.items()}, "dropped, over ranks": "auto"}
+    expected |= {f"multihead {k}": v for k, v in expected.items()}
+    assert methods == {**expected, "dropped, over ranks": "auto", "alibi, over ranks": "auto"}
     assert told == told_there
     assert "auto is 'distributed': the default process group has 2 ranks" in told[0]
     assert any("auto is 'ring'" in text for text in told)
