@@ -17,15 +17,22 @@ from torch import Tensor
 
 from dilated_attention_pytorch.patterns import Pattern
 from dilated_attention_pytorch.plans.base import Plan
-from dilated_attention_pytorch.plans.tile_search import Reader, Tiles, find_tiles, make_reader, read_partial
+from dilated_attention_pytorch.plans.tile_search import (
+    MOST_COUNT,
+    Reader,
+    Tiles,
+    find_tiles,
+    make_reader,
+    read_partial,
+)
 from dilated_attention_pytorch.problem import Problem
 
 BLOCK_SIZE = (128, 64)
 """Query rows and key rows of a tile."""
 PARTIAL_PAIRS = 1 << 30
-"""A pattern with more pairs in partial tiles gets no tables: reading its counts would cost more than it saves."""
+"""A pattern with more pairs in partial tiles gets no tables, but where they were chosen: reading costs too much."""
 TABLE_BYTES = 1 << 28
-"""The most that distinct partial tiles may take."""
+"""The most that distinct partial tiles may take at once."""
 
 
 class TileLists(NamedTuple):
@@ -65,7 +72,7 @@ class TilePlan(Plan):
     full_q_num: Tensor
     full_q_idx: Tensor
     full_q_count: Tensor
-    counts: Tensor  # (T, block of queries, block of keys) uint8, 0 past the ragged edge and on padded keys
+    counts: Tensor  # (T, rows, keys of a block), uint8 or int32; 0 past the ragged edge and on padded keys
 
     def expand(self, problem: Problem) -> Tensor:
         (bq, bk), (nq, nk) = self.block_size, (problem.query_length, problem.key_length)
@@ -169,6 +176,8 @@ class FoundTiles(NamedTuple):
 
         None, too, when a count is above `MOST_COUNT`.
         """
+        if bool((self.uniform > MOST_COUNT).any()):
+            return None
         examples, alike = self.examples()
         if most_pairs is not None and len(examples.q) * self.block_size[0] * self.block_size[1] > most_pairs:
             return None

@@ -48,7 +48,7 @@ class Tables:
     weighted: bool
     entries: Tensor  # flat, int32
     strides: Tensor  # (3,) int32, of a sample, a head, a query block; 0 where all are alike
-    counts: Tensor  # flat, uint8: T tables of block_size
+    counts: Tensor  # flat, uint8 or int32: T tables of block_size
     by_query: BlockLists
     by_key: BlockLists | None  # only the backward pass walks key blocks
 
