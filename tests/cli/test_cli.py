@@ -1,7 +1,6 @@
 """The command line on a small text: what each command writes, says and refuses."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from dilated_attention_pytorch.cli.app import app
 from dilated_attention_pytorch.models.longnet import LongNetLM
+from fresh_interpreters import FreshInterpreters
 
 SMALL = {
     "window": "512",
@@ -254,7 +254,7 @@ def test_help_teaches_with_examples() -> None:
     assert all(name in commands for name in ("train", "evaluate", "generate", "info", "explain"))
 
 
-def test_a_missing_module_of_the_process_is_not_needed_for_help() -> None:
+def test_a_missing_module_of_the_process_is_not_needed_for_help(fresh_interpreters: FreshInterpreters) -> None:
     code = (
         "import sys, dilated_attention_pytorch\n"
         "before = set(sys.modules)\n"
@@ -264,5 +264,4 @@ def test_a_missing_module_of_the_process_is_not_needed_for_help() -> None:
         "own = [name for name in sys.modules if name.startswith('dilated_attention_pytorch.')]\n"
         "assert not [name for name in own if '.training' in name or '.reports' in name or '.models' in name], own\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, timeout=60)
-    assert done.returncode == 0, done.stderr
+    fresh_interpreters.run(code)
