@@ -191,6 +191,11 @@ def test_a_training_run_is_asked_for_what_no_layer_does():
 def test_the_pool_s_config_is_the_pool_s():
     assert MemoryPoolConfig is memory.MemoryPoolConfig is module.MemoryPoolConfig
     assert MemoryPoolConfig().max_pool_size_mb == 1024
+    config = MemoryPoolConfig(5, max_pool_size_mb=200, device="cpu")
+    assert MemoryPoolConfig.from_json(config.to_json()) == config == MemoryPoolConfig.from_dict(config.to_dict())
+    for text, words in (("{", "this is no JSON"), ("[1]", "expected a JSON object"), ('{"hot": 1}', "Got hot")):
+        with pytest.raises(InvalidInput, match=words):
+            MemoryPoolConfig.from_json(text)
 
 
 SIZES, BLOCKS = {"embed_dim": 32, "num_heads": 4}, {"segment_lengths": [32, 64], "dilation_rates": [1, 2]}

@@ -13,7 +13,7 @@ import torch
 from dilated_attention_pytorch.core.names import nearest
 from dilated_attention_pytorch.core.validation import ValidationMixin
 from dilated_attention_pytorch.errors import InvalidInput
-from dilated_attention_pytorch.memory.config import device_of
+from dilated_attention_pytorch.memory.config import device_of, object_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +90,7 @@ class Config(ValidationMixin):
     @classmethod
     def from_json(cls: type[AnyConfig], text: str) -> AnyConfig:
         """The config that `to_json` wrote. Raises InvalidInput for a text that is no JSON object of its fields."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise InvalidInput(f"{cls.__name__}: this is no JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise InvalidInput(f"{cls.__name__}: expected a JSON object. Got {type(values).__name__}.")
-        return cls.from_dict(values)
+        return cls.from_dict(object_of(cls.__name__, text))
 
     def _place(self) -> None:
         """``device`` as a torch.device and ``dtype`` as a torch.dtype, from their names too; None stays None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -56,7 +57,7 @@ class MemoryPoolConfig:
                 f"cleaned up. Got {self.cleanup_threshold_mb}"
             )
         if self.device is not None:
-            device_of(self.device)
+            object.__setattr__(self, "device", device_of(self.device))  # its name is the same device
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that JSON can hold; `from_dict` makes an equal config of it."""
@@ -70,6 +71,31 @@ class MemoryPoolConfig:
         if unknown:
             raise InvalidInput(f"MemoryPoolConfig has the fields {', '.join(names)}. Got {', '.join(unknown)}")
         return cls(**values)
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> MemoryPoolConfig:
+        """The config that `to_json` wrote. Raises InvalidInput for a text that is no JSON object of its fields."""
+        return cls.from_dict(object_of(cls.__name__, text))
+
+
+def object_of(name: str, text: str) -> dict[str, Any]:
+    """What a JSON text says of the config ``name``. Raises InvalidInput for a text that is no JSON object.
+
+    Example:
+        >>> object_of("MemoryPoolConfig", '{"device": null}')
+        {'device': None}
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"{name}: this is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidInput(f"{name}: expected a JSON object. Got {type(values).__name__}.")
+    return values
 
 
 def device_of(device: torch.device | str) -> torch.device:
