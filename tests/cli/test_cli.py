@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from dilated_attention_pytorch.cli import results
 from dilated_attention_pytorch.cli.app import app
 from dilated_attention_pytorch.models.longnet import LongNetLM
 from fresh_interpreters import FreshInterpreters
@@ -49,6 +51,14 @@ def write_text(folder: Path) -> Path:
     for number in range(20):
         (folder / f"{number}.txt").write_text(" ".join(random.choice(vocabulary, 500)))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_continuations() -> Iterator[None]:
+    """Of 20 bytes instead of 400, which took most of a command's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "NEW_BYTES", 20)
+        yield
 
 
 @pytest.fixture(scope="module")
