@@ -65,6 +65,6 @@ def _rank_one_hangs():
 
 
 def test_a_rank_that_hangs_is_killed_and_shows_where_it_was():
-    with pytest.raises(TimeoutError, match=r"(?s)ranks \[1\] of 2 have not ended after 3 s.*_rank_one_hangs"):
-        run_world(2, _rank_one_hangs, timeout=3)
+    with pytest.raises(TimeoutError, match=r"(?s)ranks \[1\] of 2 have not ended after 2 s.*_rank_one_hangs"):
+        run_world(2, _rank_one_hangs, timeout=2)
     assert not multiprocessing.active_children()
