@@ -174,6 +174,8 @@ def _check_shards(attention_mask: Tensor | None, need_weights: bool) -> None:
 def first_that_can(backend: str | tuple[str, ...], call: Callable[..., Tensor]) -> Tensor:
     """``call(backend=name)`` with the first of these names that raises no NoBackend; the last one's is raised.
 
+    Each attempt with dropout draws a seed from torch's generator.
+
     Example:
         >>> from dilated_attention_pytorch import Causal
         >>> x, bias = torch.zeros(1, 2, 1, 4), torch.zeros(2, 2)  # a bias is nothing for fused kernels
