@@ -13,7 +13,17 @@ from dilated_attention_pytorch import Causal, attend, explain, longnet
 from dilated_attention_pytorch.backends import BACKENDS
 from dilated_attention_pytorch.backends.tuning import using
 from dilated_attention_pytorch.backends.tuning.files import SHIPPED, load_table
-from dilated_attention_pytorch.benchmark import heads, locality, parallel, quality, run, selectors, sparse, winners
+from dilated_attention_pytorch.benchmark import (
+    heads,
+    locality,
+    parallel,
+    pools,
+    quality,
+    run,
+    selectors,
+    sparse,
+    winners,
+)
 from dilated_attention_pytorch.benchmark.cases import Case
 from dilated_attention_pytorch.benchmark.heads import Heads
 from dilated_attention_pytorch.benchmark.measure import Spread, goal_text, spread_text
@@ -34,7 +44,13 @@ GRID = locality.GridSizes((16, 24), (64, 128), (1, 2), share_segments=(64, 60), 
 WINNERS = winners.WinnerSizes((128, 256), (0.1, 0.25), 2, 16, 32, 1, once=4e6, too_long=4e9)
 SMALL = Case("", 128, 2, 8, (16, 128), (1, 2))
 PARALLEL = parallel.ParallelSizes(64, 2, 8, 2, SMALL, SMALL, 2, (2,), 1)
-TINY = {"sparse": SPARSE, "selectors": SELECTORS, "orders": GRID, "winners": WINNERS, "parallel": PARALLEL}
+POOLS = (pools.PoolCase("results", "tiny", 700, 2, 8, longnet([32, 128], [1, 4]), "sdpa"),)
+TINY = {
+    name: {"sizes": sizes}
+    for name, sizes in (
+        ("sparse", SPARSE), ("selectors", SELECTORS), ("orders", GRID), ("winners", WINNERS), ("parallel", PARALLEL)
+    )
+} | {"pools": {"cases": POOLS}}  # fmt: skip
 
 
 class Clock:
@@ -389,8 +405,8 @@ def test_layouts_that_are_measured_are_random_with_the_diagonal():
 
 @pytest.mark.parametrize("name", run.STUDIES)
 def test_each_part_is_printed_and_stored(name, monkeypatch, tmp_path, trained):
-    study, sizes = run.STUDIES[name], TINY[name]
-    tiny = replace(study, measure=partial(study.measure, sizes=sizes), steps=partial(study.steps, sizes=sizes))
+    study, less = run.STUDIES[name], TINY[name]
+    tiny = replace(study, measure=partial(study.measure, **less), steps=partial(study.steps, **less))
     monkeypatch.setitem(run.STUDIES, name, tiny)
     words = ["bench", "--only", name, "--rounds", "1", "--out", str(tmp_path), "--run", str(trained)]
     monkeypatch.setattr("dilated_attention_pytorch.cli.bench.out", Console(width=400))
