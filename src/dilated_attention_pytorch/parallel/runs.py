@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -113,7 +113,8 @@ def _pieces(problem: Problem, pattern: Pattern) -> Iterator[_Piece]:
     if p.q.numel() == 0 or p.v.numel() == 0:
         return
     branch = _order_alone(p, pattern)
-    if branch is not None and branch.is_causal and branch.window is None and p.query_positions == p.key_positions:
+    alike = p.query_positions == p.key_positions and _ascending(p.key_positions)
+    if alike and branch is not None and branch.is_causal and branch.window is None:
         every = Run(0, 1, p.query_length)  # in the order of positions, so gaps between runs say nothing
         yield _piece(p, Shape(True, None, every, every), slice(0, every.length), slice(0, every.length))
     elif len(p.query_positions) * len(p.key_positions) > MOST_PAIRS:
@@ -152,6 +153,11 @@ def _ordered_pieces(p: Problem, branch: Branch) -> Iterator[_Piece]:
             alone = relative(branch.is_causal, branch.window, query, p.key_positions[number])
             if alone is not None:
                 yield _piece(p, alone, rows, k_cuts[number])
+
+
+def _ascending(positions: Positions) -> bool:
+    """Whether no run begins before the end of the one in front of it, as runs of several stripes do."""
+    return all(a.start + a.step * (a.length - 1) < b.start for a, b in pairwise(positions))
 
 
 def _piece(p: Problem, shape: Shape, rows: slice, keys: slice) -> _Piece:
