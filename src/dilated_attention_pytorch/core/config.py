@@ -148,7 +148,7 @@ class RingAttentionConfig(DilatedAttentionConfig):
     ADVICE: ClassVar[Mapping[str, str]] = {
         "block_size": "plans and kernels choose the size of blocks",
         "use_checkpointing": "only q, k, v, out and lse are kept, always; a model's is checkpoint_activations",
-        "use_memory_pool": "buffers are pooled where that was measured to help",
+        "use_memory_pool": "buffers are pooled where that was measured to help; memory.pooled_uses chooses",
         "max_cached_buffers": "the pool has a size of its own, MemoryPoolConfig(max_pool_size_mb=...)",
     }
 
