@@ -153,6 +153,32 @@ def test_a_choice_serves_as_many_calls_as_it_is_kept():
     assert len(attention.overlaps) == 2
 
 
+class Interrupted(AdaptiveSparseAttention):
+    """Another call is made whenever something is stored, as another thread may."""
+
+    other = None
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if self.other is not None:
+            other, type(self).other = self.other, None
+            self.answers.append(self(*other, True))
+            type(self).other = other
+
+
+def test_a_call_between_another_s_stores_gets_its_own_choice(monkeypatch):
+    short, long = heads(40), heads(48)
+    attention = Interrupted(CHOOSER, 3, keep=4)
+    attention.answers = []
+    attention(*short, True)  # kept for such calls
+    monkeypatch.setattr(Interrupted, "other", short)
+    out = attention(*long, True)
+    close(out, attended(CHOOSER(*long[:2], 3, Causal()), *long))
+    assert attention.answers
+    for answer in attention.answers:
+        close(answer, attended(CHOOSER(*short[:2], 3, Causal()), *short))
+
+
 def kept(**options):
     """A layer with a choice made for causal calls on `heads()`, and its counter."""
     counter = Counting()
