@@ -22,6 +22,7 @@ PACKAGE = "dilated_attention_pytorch"
 ORDER = (
     "errors",
     "old_paths",
+    "caching",
     "compiling",
     "scores",
     "problem",

@@ -79,7 +79,7 @@ def ends_of(layers, calls, meet=lambda: None):
 @pytest.fixture
 def _hurried(monkeypatch):
     """Plans are evicted as soon as they are made, and threads are switched often."""
-    monkeypatch.setattr(planner, "_CACHE_SIZE", 5)
+    monkeypatch.setattr(planner._cache, "size", 5)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield

@@ -17,6 +17,7 @@ from dilated_attention_pytorch import (
     Window,
     longnet,
 )
+from dilated_attention_pytorch.caching import BoundedCache
 from dilated_attention_pytorch.parallel import choice as choice_module
 from dilated_attention_pytorch.parallel.choice import (
     METHODS,
@@ -90,7 +91,7 @@ def test_uneven_work_outweighs_bytes():
 def test_all_ranks_choose_alike(layout, monkeypatch):
     problem, found = whole(length=1001), []
     for rank in range(4):
-        monkeypatch.setattr(choice_module, "_cache", type(choice_module._cache)())
+        monkeypatch.setattr(choice_module, "_cache", BoundedCache(256))
         found.append(chosen(longnet([100, 900], [1, 4]) & Causal(), layout, rank=rank, problem=problem))
     assert found == [found[0]] * 4
 
@@ -127,7 +128,7 @@ def test_choices_are_kept(monkeypatch):
     monkeypatch.setattr(choice_module, "received_by", None)  # would fail if asked again
     assert chosen(pattern, problem=problem, rank=2) == first
     monkeypatch.undo()
-    monkeypatch.setattr(choice_module, "_CACHE_SIZE", 3)
+    monkeypatch.setattr(choice_module._cache, "size", 3)
     for length in range(100, 110):
         chosen(Full(), problem=whole(length=length))
     assert len(choice_module._cache) == 3

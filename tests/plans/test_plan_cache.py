@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import Causal, Documents, longnet
+from dilated_attention_pytorch.caching import BoundedCache
 from dilated_attention_pytorch.plans import DensePlan, StridedPlan, candidate_plans, planner
 from dilated_attention_pytorch.problem import make_problem
 
@@ -18,7 +19,7 @@ def problem_of(n, *, heads=2, batch=1, visible=None, dtype=torch.float32):
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch):
-    monkeypatch.setattr(planner, "_cache", type(planner._cache)())
+    monkeypatch.setattr(planner, "_cache", BoundedCache(planner._cache.size))
 
 
 def test_equal_shapes_share_a_plan():
@@ -51,7 +52,7 @@ def test_tables_belong_to_the_key():
 
 
 def test_bounded_and_the_oldest_goes_first(monkeypatch):
-    monkeypatch.setattr(planner, "_CACHE_SIZE", 4)
+    monkeypatch.setattr(planner._cache, "size", 4)
     kept = candidate_plans(Causal(), problem_of(1))
     for n in range(2, 10):
         candidate_plans(Causal(), problem_of(n))

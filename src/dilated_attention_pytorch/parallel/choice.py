@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from dilated_attention_pytorch.backends import Gradients
+from dilated_attention_pytorch.caching import BoundedCache
 from dilated_attention_pytorch.errors import InvalidInput, NoBackend
 from dilated_attention_pytorch.parallel import gather, heads, ring
 from dilated_attention_pytorch.parallel.costs import EVEN, Work, rank_work
@@ -48,9 +47,7 @@ ASKED_RANKS = 32
 """Of a larger world so many ranks are asked what they receive, evenly spread from the first to the last."""
 CHOOSING_RANKS = 8
 """So many are asked where a method is to be chosen, on the way to a result."""
-_CACHE_SIZE = 256
-_cache: OrderedDict[tuple[object, ...], Any] = OrderedDict()
-_lock = threading.Lock()
+_cache = BoundedCache(256)
 
 Found = TypeVar("Found")
 
@@ -171,13 +168,4 @@ def _kept(what: str, problem: Problem, pattern: Pattern, world: World, find: Cal
         world.queries,
         world.keys,
     )
-    with _lock:
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]  # type: ignore[no-any-return]
-    found = find()
-    with _lock:
-        _cache[key] = found
-        while len(_cache) > _CACHE_SIZE:
-            _cache.popitem(last=False)
-    return found
+    return _cache.get(key, find)

@@ -9,8 +9,6 @@ accumulate dtype.
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dilated_attention_pytorch.backends import Gradients
+from dilated_attention_pytorch.caching import BoundedCache
 from dilated_attention_pytorch.memory import empty
 from dilated_attention_pytorch.merging import merge_into
 from dilated_attention_pytorch.parallel.runs import partial_backward, partial_forward
@@ -31,9 +30,7 @@ from dilated_attention_pytorch.patterns import Pattern
 from dilated_attention_pytorch.plans.planner import digest
 from dilated_attention_pytorch.problem import Positions, Problem
 
-_CACHE_SIZE = 256
-_cache: OrderedDict[tuple[object, ...], tuple[_Step, ...]] = OrderedDict()
-_lock = threading.Lock()
+_cache = BoundedCache(256)
 
 
 class _Step(NamedTuple):
@@ -226,17 +223,13 @@ def _steps(problem: Problem, pattern: Pattern, world: World) -> Sequence[_Step]:
         world.queries,
         world.keys,
     )
-    with _lock:
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]
+    return _cache.get(key, lambda: _find_steps(problem, pattern, world))
+
+
+def _find_steps(problem: Problem, pattern: Pattern, world: World) -> tuple[_Step, ...]:
     needed, given = sources(pattern, problem.num_heads, world, problem.key_lengths)
     steps = []
     for distance in range(1, world.size):
         source, receiver = (world.rank - distance) % world.size, (world.rank + distance) % world.size
         steps.append(_Step(source, needed[source], receiver, given[receiver]))
-    with _lock:
-        _cache[key] = tuple(steps)
-        while len(_cache) > _CACHE_SIZE:
-            _cache.popitem(last=False)
     return tuple(steps)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from dilated_attention_pytorch.caching import BoundedCache
 from dilated_attention_pytorch.patterns import BlockSparse, Branch, Documents, Pattern
 from dilated_attention_pytorch.patterns.base import And, Sum
 from dilated_attention_pytorch.plans.base import DensePlan, Plan, shapes_of
@@ -50,9 +49,7 @@ LARGEST_TILE = 128
 CALL_PAIRS = 50_000
 """What one call for one piece costs beside its arithmetic, in pairs of one kernel (about 0.1 ms on a CPU core)."""
 
-_CACHE_SIZE = 128
-_cache: OrderedDict[tuple[object, ...], tuple[Plan, ...]] = OrderedDict()
-_lock = threading.Lock()
+_cache = BoundedCache(128)
 
 
 def candidate_plans(
@@ -84,10 +81,10 @@ def candidate_plans(
         tiles or pattern.branches() is None,  # without a closed form tables are made whether they are asked for or not
         largest_tile,
     )
-    with _lock:
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]
+    return _cache.get(key, lambda: _made_plans(pattern, problem, tiles, largest_tile))
+
+
+def _made_plans(pattern: Pattern, problem: Problem, tiles: bool, largest_tile: int) -> tuple[Plan, ...]:
     strided, dense = strided_plan(pattern, problem), dense_plan(pattern, problem)
     plans: tuple[Plan, ...] = (dense,)
     if strided is not None:
@@ -98,10 +95,6 @@ def candidate_plans(
     if tiles or strided is None:
         made = _tiled(pattern, problem, tile_size(pattern, problem, largest_tile), needed=strided is None)
         plans = (*plans, *made) if strided is not None or dense.short is not None else (*made, *plans)
-    with _lock:
-        _cache[key] = plans
-        while len(_cache) > _CACHE_SIZE:
-            _cache.popitem(last=False)
     return plans
 
 
