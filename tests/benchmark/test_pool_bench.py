@@ -63,14 +63,17 @@ def test_a_peak_is_what_was_held_at_most():
     assert pools._peak_of(lambda: kept.append(torch.ones(size, dtype=torch.uint8))) >= 0.95 * pools.PEAK_CALLS * size
 
 
-def test_a_gain_is_in_time_or_in_memory():
+def test_a_verdict_is_on_time_and_on_memory():
     def of(median, peaks):
-        return {"times as fast with the pool": {"median": median}, "peak bytes": peaks}
+        return pools.verdict({"times as fast with the pool": {"median": median}, "peak bytes": peaks})
 
-    assert pools.gains(of(1.03, None))
-    assert not pools.gains(of(1.02, None))
-    assert pools.gains(of(0.9, {"with": 90, "without": 100}))
-    assert not pools.gains(of(1.0, {"with": 91, "without": 100}))
+    assert of(1.03, None) == "gains"
+    assert of(1.02, None) == of(0.98, None) == "even"
+    assert of(0.97, None) == "loses"
+    assert of(1.0, {"with": 90, "without": 100}) == "gains"
+    assert of(1.0, {"with": 91, "without": 100}) == "even"
+    assert of(2.0, {"with": 112, "without": 100}) == "loses"
+    assert of(0.9, {"with": 50, "without": 100}) == "loses"
 
 
 def test_what_is_measured_has_large_buffers_of_every_use():
@@ -85,6 +88,5 @@ def test_a_use_is_switched_on_where_it_gained_and_nowhere_lost():
     results = json.loads((ROOT / "benchmarks/results/amd-epyc/pools.json").read_text())
     assert {of["use"] for of in results["cases"]} == set(USES)
     for name, use in USES.items():
-        mine = [of for of in results["cases"] if of["use"] == name]
-        loses = any(of["times as fast with the pool"]["median"] < 1 / pools.FASTER for of in mine)
-        assert use.pooled == (any(map(pools.gains, mine)) and not loses), name
+        verdicts = {pools.verdict(of) for of in results["cases"] if of["use"] == name}
+        assert use.pooled == ("gains" in verdicts and "loses" not in verdicts), (name, verdicts)

@@ -111,16 +111,18 @@ def measure_pools(
     return {"threads": THREADS, "cases": measured, "microseconds per hit": hits}
 
 
-def gains(of: Mapping[str, Any]) -> bool:
-    """Whether a measured case is worth a pool: `FASTER` in the median, or `SMALLER`.
+def verdict(of: Mapping[str, Any]) -> str:
+    """What a pool does to a measured case: "loses" in time or in peak memory, else "gains" in one of them, or "even".
 
     Example:
-        >>> gains({"times as fast with the pool": {"median": 1.02}, "peak bytes": {"with": 10, "without": 10}})
-        False
+        >>> verdict({"times as fast with the pool": {"median": 1.02}, "peak bytes": {"with": 10, "without": 10}})
+        'even'
     """
-    peaks = of["peak bytes"]
-    saves = peaks is not None and peaks["with"] <= SMALLER * peaks["without"]
-    return bool(of["times as fast with the pool"]["median"] >= FASTER or saves)
+    faster, peaks = of["times as fast with the pool"]["median"], of["peak bytes"]
+    larger = 1.0 if peaks is None else peaks["with"] / peaks["without"]
+    if faster <= 1 / FASTER or larger >= 1 / SMALLER:
+        return "loses"
+    return "gains" if faster >= FASTER or larger <= SMALLER else "even"
 
 
 def _chosen(case: PoolCase, name: str) -> tuple[str, ...]:
@@ -214,7 +216,7 @@ def _inputs(case: PoolCase, tokens: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(1, tokens, case.heads, case.head_dim, generator=generator) for _ in range(4))
 
 
-POOL_COLUMNS = ("use", "case", "times as fast with the pool", "peak memory with the pool, MiB", "gains", "switched")
+POOL_COLUMNS = ("use", "case", "times as fast with the pool", "peak memory with the pool, MiB", "verdict", "switched")
 
 
 def pool_tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]], str]]:
@@ -225,7 +227,7 @@ def pool_tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], lis
             of["case"],
             spread_text(of["times as fast with the pool"]),
             _peak_text(of["peak bytes"]),
-            "yes" if gains(of) else "no",
+            verdict(of),
             "on" if USES[of["use"]].pooled else "off",
         )
         for of in results["cases"]
@@ -234,8 +236,10 @@ def pool_tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], lis
     note = (
         f"float32; one process of {results['threads']} threads, or {RANKS} processes of one thread. The pool serves "
         "the use of the row and no other, against none at all.\n"
-        f"Gains: at least {FASTER:.2f} times as fast, or at most {SMALLER:.2f} of the peak memory. Peak memory: what "
-        f"{PEAK_CALLS} calls in a fresh process held at most above its inputs, and that without the pool.\n"
+        f"Gains: at least {FASTER:.2f} times as fast, or at most {SMALLER:.2f} of the peak memory; loses: as much the "
+        "other way, in either. A use is on where a case gains and none loses.\n"
+        f"Peak memory: what {PEAK_CALLS} calls in a fresh process held at most above its inputs, with the pool and "
+        "without.\n"
         f"A hit takes, in microseconds: {hits}; goal under 2."
     )
     uses = "\n".join(f"{name}: {use.what}" for name, use in USES.items())
