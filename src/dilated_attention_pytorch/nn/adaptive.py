@@ -55,9 +55,9 @@ class AdaptiveSparseAttention(PatternAttention):
 
     With ``keep`` above 1 a choice serves so many calls, one after another, as long as shapes, masks, pattern, mode and
     device stay; else, and after `forget`, the next call chooses anew. A kept choice comes from earlier calls' tokens;
-    threads that call one layer together share it, and may use it a few times more. Activation checkpointing calls a
-    layer again in backward, perhaps with a later choice, whose gradients are wrong: leave ``keep`` at 1 there, or pass
-    ``selected``.
+    threads that call one layer together share it, and may use it a few times more. Activation checkpointing runs a
+    layer again in backward, by the choice that is kept then: where a later forward may have replaced it, gradients are
+    wrong, so run each backward before the next forward, leave ``keep`` at 1, or pass ``selected``.
     ``selected`` is the last choice, and ``overlaps`` has the Jaccard index of each new one with the one before, where
     both are tables of one size. None of this is in the state_dict.
 
