@@ -83,7 +83,8 @@ def store_sums(OUT, LSE, at, stride, ok, acc, top, total, DV: tl.constexpr, DVP:
     """Out and lse of the rows stand in memory: (0, -inf) for rows that saw nothing."""
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
     store_rows(OUT, at, stride, ok, acc * inverse[:, None], DV, DVP)
-    tl.store(LSE + at, tl.where(total > 0, (top + tl.log2(total)) * LN2, float("-inf")), mask=ok)
+    lse = top * LN2 + tl.log2(total) * LN2  # not (top + log2) * LN2: base 2 has larger numbers, and their roundings
+    tl.store(LSE + at, tl.where(total > 0, lse, float("-inf")), mask=ok)
 
 
 @triton.jit
