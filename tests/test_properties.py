@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import flex_attention as torch_flex
 
 from dilated_attention_pytorch import attend, explain, merge
 from dilated_attention_pytorch.backends import BACKENDS
@@ -19,12 +18,7 @@ quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 seeds = st.integers(0, 2**32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _flex_without_dynamo():
-    """The same operator with nothing around it: dynamo took nine tenths of the time of all backends together."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-        yield
+pytestmark = pytest.mark.usefixtures("flex_without_dynamo")
 
 
 @quick

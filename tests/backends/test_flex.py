@@ -39,11 +39,9 @@ def small_plans(backend, problem, pattern):
 
 
 @pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
+def _small_blocks(monkeypatch, flex_without_dynamo):
     monkeypatch.setattr(contract, "plans_for", small_plans)
     monkeypatch.setattr(orders, "WORTH", 100.0)
-    # the same operator without dynamo around it: tests ask what it computes
-    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
 class TrainingOnCpu(FlexBackend):

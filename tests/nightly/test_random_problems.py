@@ -16,6 +16,7 @@ from dilated_attention_pytorch.testing.contract import DTYPES, check_case
 pytestmark = pytest.mark.nightly
 
 
+@pytest.mark.usefixtures("flex_without_dynamo")
 @pytest.mark.parametrize("block", range(20))
 def test_a_thousand_random_problems(block):
     for seed in range(50 * block, 50 * (block + 1)):
