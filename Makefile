@@ -11,7 +11,7 @@ help:
 	@echo "make run      train a small LongNet language model on real text, evaluate it, write runs/latest"
 	@echo "make test     run the tests"
 	@echo "make check    format check, lint, type check, tests: what CI runs"
-	@echo "make bench    measure speed, memory, sparse and adaptive attention, many ranks (half an hour; text rows want make run first)"
+	@echo "make bench    measure speed, memory, sparse and adaptive attention, many ranks, pools (half an hour; text rows want make run first)"
 	@echo "make nightly  the long sweeps"
 
 .venv/bin/python:

@@ -35,7 +35,7 @@ def bench(
         typer.Option("--out", help="Where results are stored: <device>/attention.json, grid.json, sparse.json ..."),
     ] = Path("benchmarks/results"),
 ) -> None:
-    """Measure attention on this machine's CPU: about 25 minutes for all, best on an otherwise idle machine.
+    """Measure attention on this machine's CPU: about half an hour for all, best on an otherwise idle machine.
 
     Every figure is a ratio of two runs of the same round, so that a noisy machine disturbs both sides.
     "pieces" is PyTorch's fused kernel on ready-made contiguous problems of the lengths w / r, without
